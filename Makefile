@@ -1,0 +1,79 @@
+# Every target sets up what it needs. A fresh machine needs Python 3.11-3.13 with pip, and make.
+#
+#   make run      serve the built-in model on http://127.0.0.1:8000 (ARGS="--port 9000" are passed on)
+#   make test     the tests, on two processes (ARGS="tests/engine -x" are passed on)
+#   make check    formatting, lint, layering, types, sizes, dependencies
+#   make parity   the same models in transformers on torch, compared live; installs torch into .venv-peers
+#   make bench    the benchmarks, against the same peers
+#   make pico     train the built-in model anew, into runs/pico
+#   make fmt      format the code and fix what lint can fix
+#   make clean    remove caches and builds
+
+BIN := .venv/bin
+PEERS := .venv-peers/bin
+INSTALLED := .venv/.installed
+PEERS_INSTALLED := .venv-peers/.installed
+TORCH := torch==2.13.0
+TRANSFORMERS := transformers==5.23.0
+
+# The newest interpreter that works here; `make PYTHON=/path/to/python3.12 test` chooses another.
+PYTHON ?= $(shell tools/find-python)
+
+.PHONY: run test check parity bench pico fmt constraints clean
+.DELETE_ON_ERROR:
+
+run: $(INSTALLED)
+	@$(BIN)/tenfold serve $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow and not parity and not gpu" $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pyright
+	$(BIN)/python tools/sizes.py
+	$(BIN)/deptry .
+
+parity: $(INSTALLED) $(PEERS_INSTALLED)
+	$(BIN)/python -m pytest -q -m parity tests/parity $(ARGS)
+
+bench: $(INSTALLED) $(PEERS_INSTALLED)
+	set -e; for script in bench/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+pico: $(INSTALLED)
+	$(BIN)/tenfold train pico --output runs/pico $(ARGS)
+
+fmt: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Pins for every supported Python at once, without the addresses of any index.
+constraints: $(INSTALLED)
+	$(BIN)/uv pip compile --universal --no-header --no-annotate --python-version 3.11 \
+	  --extra train --extra cloud --extra hf --group dev --upgrade pyproject.toml -o constraints.txt
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests bench tools examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A Python without ensurepip (Debian splits it off) makes an environment without pip, which its own pip then fills.
+define make_venv
+@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found on PATH. Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+@test -x $(1)/bin/python || { echo "Creating $(1) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(1) >/dev/null 2>&1 || $(PYTHON) -m venv --clear --without-pip $(1); }
+endef
+PIP_INTO = if $(1)/bin/python -m pip --version >/dev/null 2>&1; then $(1)/bin/python -m pip install -q $(2); else $(PYTHON) -m pip --python $(1)/bin/python install -q $(2); fi
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(call make_venv,.venv)
+	@echo "Installing Tenfold and its tools into .venv"
+	@$(call PIP_INTO,.venv,-c constraints.txt uv)
+	@UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install -q --python $(BIN)/python -e '.[train,cloud]' --group dev -c constraints.txt
+	@touch $@
+
+$(PEERS_INSTALLED): Makefile
+	$(call make_venv,.venv-peers)
+	@echo "Installing $(TORCH) and $(TRANSFORMERS) into .venv-peers"
+	@$(call PIP_INTO,.venv-peers,$(TORCH) $(TRANSFORMERS))
+	@touch $@
