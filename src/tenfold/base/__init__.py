@@ -1,0 +1,1 @@
+"""Errors, storage URIs and directories: what every other package may use and nothing more."""
