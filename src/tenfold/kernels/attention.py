@@ -1,0 +1,74 @@
+"""Attention over packed ragged tokens: within the batch (training), or over a paged cache (serving).
+
+Dims: T packed tokens, H query heads, J key-value heads (H a multiple of J), K head dim, S sequences, P pages of the
+pool, B tokens of a page, N pages of the longest sequence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+NEG_INF = -1e30  # finite, so that a row that is masked everywhere stays a number
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What one layer's attention does; static, and what tells layers apart.
+
+    Attributes:
+        scale: multiplies the scores.
+        window: a token sees this many last tokens, itself included; None sees all.
+        softcap: scores become softcap · tanh(scores / softcap).
+        rope: which of the model's rotations the layer uses; None rotates nothing.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    rope: str | None = "default"
+
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, AttentionSpec], tuple[jax.Array, Any]]
+"""(q_THK, k_TJK, v_TJK, the layer's cache, spec) -> (o_THK, the updated cache)."""
+
+
+def scores_mask(q_positions: Int[Array, "*q"], k_positions: Int[Array, "*k"], window: int | None) -> jax.Array:
+    """True where a query may see a key: not after it, and within the window. Broadcasts its arguments."""
+    ahead = q_positions - k_positions
+    seen = ahead >= 0
+    return seen if window is None else seen & (ahead < window)
+
+
+def packed_attention(
+    q: Float[Array, "R L H K"],
+    k: Float[Array, "R L J K"],
+    v: Float[Array, "R L J K"],
+    segments: Int[Array, "R L"],
+    spec: AttentionSpec,
+) -> Float[Array, "R L H K"]:
+    """Causal attention within each segment of each row: the reference, and what training uses.
+
+    Args:
+        q, k, v: R rows of L tokens.
+        segments: an id per token; tokens see only tokens of the same id in the same row.
+        spec: scale, window and soft-cap.
+    """
+    R, L, H, K = q.shape
+    J = k.shape[2]
+    scores = jnp.einsum("rqjgk,rsjk->rjgqs", q.reshape(R, L, J, H // J, K), k, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores * spec.scale, spec.softcap)
+    positions = jnp.arange(L)
+    mask = scores_mask(positions[:, None], positions[None, :], spec.window)
+    mask = mask[None] & (segments[:, :, None] == segments[:, None, :])
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEG_INF), axis=-1)
+    out = jnp.einsum("rjgqs,rsjk->rqjgk", weights.astype(v.dtype), v)
+    return out.reshape(R, L, H, K)
+
+
+def soft_cap(scores: jax.Array, cap: float | None) -> jax.Array:
+    """Bounds scores smoothly to ±cap (Gemma 2); None leaves them."""
+    return scores if cap is None else cap * jnp.tanh(scores / cap)

@@ -1,0 +1,232 @@
+"""Attention of packed ragged tokens over a paged key-value cache, in plain XLA.
+
+Work follows the data, not the shapes: loops run over the pages that a sequence has and the query blocks that a step
+holds, so one compiled program serves every mix of prefill and decode of its token bucket. Softmax is accumulated
+online (Milakov and Gimelshein, 2018), always over the same chunks of the sequence, so that a token's result does not
+depend on what else is in the batch or on how its prompt was cut into steps.
+
+Dims: T packed tokens, S sequences, H query heads, J key-value heads, G = H / J, K head dim, P pages, B tokens of a
+page, N pages of the longest sequence, C pages of a chunk.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from tenfold.kernels.attention import NEG_INF, AttentionSpec, scores_mask, soft_cap
+
+CHUNK_TOKENS = 256  # keys that one pass of the softmax covers
+QUERY_BLOCK = 64  # prefill queries that share one pass over the keys
+DECODE_ROWS = 8  # decoding sequences that share one pass over the keys
+
+
+class PagedCache(NamedTuple):
+    """The keys and values of one layer. Page 0 is the null page: padding is written there and nothing reads it.
+
+    Keys lie transposed within a page, so that scores are products of a row with a matrix, the fast case on a CPU.
+    """
+
+    k: Float[Array, "P J K B"]
+    v: Float[Array, "P J B K"]
+
+
+class RaggedBatch(NamedTuple):
+    """Which tokens of a step belong to which sequence. Rows are sorted: first those with a single query token.
+
+    Attributes:
+        block_tables: [S, N] page of each block of a sequence; 0 where it has none (or no longer needs it).
+        kv_lens: [S] tokens of the sequence once this step's are written; 0 for padding rows.
+        query_starts: [S + 1] first packed token of each row.
+        num_decodes: rows [0, num_decodes) have one query token each and are computed together.
+        num_seqs: rows in use.
+    """
+
+    block_tables: Int[Array, "S N"]
+    kv_lens: Int[Array, " S"]
+    query_starts: Int[Array, " S+1"]
+    num_decodes: Int[Array, ""]
+    num_seqs: Int[Array, ""]
+
+
+def make_cache(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> PagedCache:
+    """An empty cache of `num_pages` pages, the null page among them."""
+    return PagedCache(
+        k=jnp.zeros((num_pages, num_kv_heads, head_dim, page_size), dtype),
+        v=jnp.zeros((num_pages, num_kv_heads, page_size, head_dim), dtype),
+    )
+
+
+def page_bytes(page_size: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
+    """Bytes of one page of one layer."""
+    return 2 * page_size * num_kv_heads * head_dim * jnp.dtype(dtype).itemsize
+
+
+def write(
+    cache: PagedCache,
+    k: Float[Array, "T J K"],
+    v: Float[Array, "T J K"],
+    pages: Int[Array, " T"],
+    offsets: Int[Array, " T"],
+) -> PagedCache:
+    """Stores each token's key and value at (page, offset); in place when the cache is donated."""
+    k_pages = cache.k.at[pages, :, :, offsets].set(k.astype(cache.k.dtype), mode="promise_in_bounds")
+    v_pages = cache.v.at[pages, :, offsets, :].set(v.astype(cache.v.dtype), mode="promise_in_bounds")
+    return PagedCache(k_pages, v_pages)
+
+
+def reference(
+    q: Float[Array, "T H K"], cache: PagedCache, batch: RaggedBatch, positions: Int[Array, " T"], spec: AttentionSpec
+) -> Float[Array, "T H K"]:
+    """The definition: every token against its whole sequence. Memory grows with T · N · B; for tests."""
+    T, H, K = q.shape
+    J, B = cache.k.shape[1], cache.k.shape[3]
+    rows = jnp.searchsorted(batch.query_starts, jnp.arange(T), side="right") - 1
+    tables = batch.block_tables[jnp.clip(rows, 0, batch.block_tables.shape[0] - 1)]
+    k = cache.k[tables].transpose(0, 1, 4, 2, 3).reshape(T, -1, J, K)
+    v = cache.v[tables].transpose(0, 1, 3, 2, 4).reshape(T, -1, J, K)
+    scores = jnp.einsum("tjgk,tsjk->tjgs", q.reshape(T, J, H // J, K), k, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores * spec.scale, spec.softcap)
+    mask = scores_mask(positions[:, None], jnp.arange(tables.shape[1] * B)[None, :], spec.window)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEG_INF), axis=-1)
+    return jnp.einsum("tjgs,tsjk->tjgk", weights.astype(v.dtype), v).reshape(T, H, K).astype(q.dtype)
+
+
+def paged_attention(
+    q: Float[Array, "T H K"], cache: PagedCache, batch: RaggedBatch, spec: AttentionSpec, *, decode_only: bool = False
+) -> Float[Array, "T H K"]:
+    """Causal attention of each row's query tokens, its last ones, over its pages.
+
+    Args:
+        q: packed queries; row r owns tokens [query_starts[r], query_starts[r + 1]).
+        cache: holds the keys and values of this step's tokens too.
+        batch: the rows.
+        spec: scale, window, soft-cap.
+        decode_only: every row has one query token; compiles no code for others.
+
+    Returns:
+        The packed outputs; tokens past the last row hold no meaning.
+    """
+    T = q.shape[0]
+    pages = max(1, CHUNK_TOKENS // cache.k.shape[3])
+    tables = batch.block_tables
+    tables = jnp.pad(tables, ((0, -tables.shape[0] % DECODE_ROWS), (0, -tables.shape[1] % pages)))
+    batch = batch._replace(block_tables=tables)
+    out = jnp.zeros((T + QUERY_BLOCK, *q.shape[1:]), q.dtype)
+    q = jnp.pad(q, ((0, QUERY_BLOCK), (0, 0), (0, 0)))
+    out = _decode_rows(q, out, cache, batch, spec, pages, min(DECODE_ROWS, T))
+    if not decode_only:
+        out = _prefill_blocks(q, out, cache, batch, spec, pages)
+    return out[:T]
+
+
+def _decode_rows(
+    q: jax.Array, out: jax.Array, cache: PagedCache, batch: RaggedBatch, spec: AttentionSpec, pages: int, rows: int
+) -> jax.Array:
+    """The rows with one query token, `rows` at a time: token r is row r."""
+    kv_lens = jnp.pad(batch.kv_lens, (0, rows))
+
+    def group(i: jax.Array, out: jax.Array) -> jax.Array:
+        first = i * rows
+        lens = jax.lax.dynamic_slice_in_dim(kv_lens, first, rows)
+        lens = jnp.where(first + jnp.arange(rows) < batch.num_decodes, lens, 0)
+        tables = jax.lax.dynamic_slice_in_dim(batch.block_tables, first, rows)
+        queries = jax.lax.dynamic_slice_in_dim(q, first, rows)
+        o = _attend(queries[:, None], cache, tables, lens[:, None] - 1, spec, pages)
+        return jax.lax.dynamic_update_slice_in_dim(out, o[:, 0].astype(out.dtype), first, 0)
+
+    return jax.lax.fori_loop(0, (batch.num_decodes + rows - 1) // rows, group, out)
+
+
+def _prefill_blocks(
+    q: jax.Array, out: jax.Array, cache: PagedCache, batch: RaggedBatch, spec: AttentionSpec, pages: int
+) -> jax.Array:
+    """The other rows, in blocks of queries of one sequence. What a block writes past its row, the next overwrites."""
+    S = batch.kv_lens.shape[0]
+    row = jnp.arange(S)
+    lengths = batch.query_starts[1:] - batch.query_starts[:-1]
+    prefills = (row >= batch.num_decodes) & (row < batch.num_seqs)
+    ends = jnp.cumsum(jnp.where(prefills, (lengths + QUERY_BLOCK - 1) // QUERY_BLOCK, 0))
+
+    def block(i: jax.Array, out: jax.Array) -> jax.Array:
+        r = jnp.searchsorted(ends, i, side="right")
+        skipped = (i - (ends[r] - (lengths[r] + QUERY_BLOCK - 1) // QUERY_BLOCK)) * QUERY_BLOCK
+        start = batch.query_starts[r] + skipped
+        first = batch.kv_lens[r] - lengths[r] + skipped
+        positions = first + jnp.arange(QUERY_BLOCK)
+        positions = jnp.where(positions < batch.kv_lens[r], positions, -1)
+        queries = jax.lax.dynamic_slice_in_dim(q, start, QUERY_BLOCK)
+        o = _attend(queries[None], cache, batch.block_tables[r][None], positions[None], spec, pages)
+        return jax.lax.dynamic_update_slice_in_dim(out, o[0].astype(out.dtype), start, 0)
+
+    return jax.lax.fori_loop(0, ends[-1], block, out)
+
+
+def _attend(
+    q: Float[Array, "R Q H K"],
+    cache: PagedCache,
+    tables: Int[Array, "R N"],
+    positions: Int[Array, "R Q"],
+    spec: AttentionSpec,
+    pages: int,
+) -> Float[Array, "R Q H K"]:
+    """Online softmax of R sequences with Q queries each over their pages, `pages` at a time; position -1 is padding."""
+    R, Q, H, K = q.shape
+    J, B = cache.k.shape[1], cache.k.shape[3]
+    G, chunk = H // J, pages * B
+    q = (q * jnp.asarray(spec.scale, q.dtype)).reshape(R, Q, J, G, K).transpose(0, 2, 1, 3, 4).reshape(R, J, Q * G, K)
+
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        peak, total, acc = carry
+        chosen = jax.lax.dynamic_slice_in_dim(tables, i * pages, pages, axis=1)
+        k = cache.k.at[chosen].get(mode="promise_in_bounds")  # R C J K B
+        v = cache.v.at[chosen].get(mode="promise_in_bounds")  # R C J B K
+        scores = _scores(q, k)
+        scores = soft_cap(scores, spec.softcap).reshape(R, J, Q, G, chunk)
+        keys = i * chunk + jnp.arange(chunk)
+        mask = scores_mask(positions[:, :, None], keys[None, None, :], spec.window)[:, None, :, None, :]
+        scores = jnp.where(mask, scores, NEG_INF).reshape(R, J, Q * G, chunk)
+        new_peak = jnp.maximum(peak, scores.max(-1))
+        weights = jnp.where(scores <= NEG_INF, 0, jnp.exp(scores - new_peak[..., None]))
+        rescale = jnp.exp(peak - new_peak)
+        total = total * rescale + weights.sum(-1)
+        acc = acc * rescale[..., None] + _weighted_values(weights.astype(v.dtype), v)
+        return new_peak, total, acc
+
+    first = 0
+    if spec.window is not None:  # the earliest key that any query sees
+        first = jnp.maximum(jnp.where(positions < 0, 2**30, positions).min() - spec.window + 1, 0)
+    carry = (
+        jnp.full((R, J, Q * G), NEG_INF, jnp.float32),
+        jnp.zeros((R, J, Q * G), jnp.float32),
+        jnp.zeros((R, J, Q * G, K), jnp.float32),
+    )
+    _, total, acc = jax.lax.fori_loop(first // chunk, positions.max() // chunk + 1, step, carry)
+    out = acc / jnp.maximum(total, 1e-30)[..., None]
+    return out.reshape(R, J, Q, G, K).transpose(0, 2, 1, 3, 4).reshape(R, Q, H, K)
+
+
+def _scores(q: Float[Array, "R J M K"], k: Float[Array, "R C J K B"]) -> Float[Array, "R J M CB"]:
+    """Products of the queries with a chunk of keys. Few rows multiply page by page; many share one wide product."""
+    R, J, M, K = q.shape
+    C, B = k.shape[1], k.shape[4]
+    if M <= B:
+        per_page = jnp.einsum(
+            "rcjmk,rcjkb->rcjmb", jnp.broadcast_to(q[:, None], (R, C, J, M, K)), k, preferred_element_type=jnp.float32
+        )
+        return per_page.transpose(0, 2, 3, 1, 4).reshape(R, J, M, C * B)
+    wide = k.transpose(0, 2, 3, 1, 4).reshape(R, J, K, C * B)
+    return jnp.einsum("rjmk,rjks->rjms", q, wide, preferred_element_type=jnp.float32)
+
+
+def _weighted_values(weights: Float[Array, "R J M CB"], v: Float[Array, "R C J B K"]) -> Float[Array, "R J M K"]:
+    """The values of a chunk summed by weight."""
+    R, J, M, _ = weights.shape
+    C, B, K = v.shape[1], v.shape[3], v.shape[4]
+    if M <= B:
+        per_page = weights.reshape(R, J, M, C, B).transpose(0, 3, 1, 2, 4)
+        return jnp.einsum("rcjmb,rcjbk->rcjmk", per_page, v, preferred_element_type=jnp.float32).sum(1)
+    long = v.transpose(0, 2, 1, 3, 4).reshape(R, J, C * B, K)
+    return jnp.einsum("rjms,rjsk->rjmk", weights, long, preferred_element_type=jnp.float32)

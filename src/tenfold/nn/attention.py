@@ -1,0 +1,76 @@
+"""The projections around attention: grouped queries (Ainslie et al., 2023), separate or fused in the checkpoint.
+
+Dims: T packed tokens, D model width, H query heads, J key-value heads, K head dim, N heads of either kind.
+"""
+
+from collections.abc import Mapping
+
+import jax
+from jaxtyping import Array, Float
+
+from tenfold.nn.layers import project, rms_norm
+from tenfold.nn.param import Initializer, Param, param
+
+
+def attention_params(
+    at: str, D: int, H: int, J: int, K: int, *, qkv_bias: bool = False, o_bias: bool = False, fused: bool = False
+) -> dict[str, Param]:
+    """Declares q, k, v and o (and their biases) of the layer whose checkpoint names start with `at`.
+
+    Args:
+        at: prefix, e.g. "model.layers.3.self_attn".
+        D, H, J, K: sizes, as in the module's legend.
+        qkv_bias, o_bias: whether those projections have biases.
+        fused: the checkpoint holds one `qkv_proj` (Phi-3) with the rows of q, k and v in that order.
+    """
+    declared: dict[str, Param] = {}
+    row = 0
+    for name, heads, axis in (("q", H, "heads"), ("k", J, "kv_heads"), ("v", J, "kv_heads")):
+        hf = f"{at}.qkv_proj" if fused else f"{at}.{name}_proj"
+        rows = (row, row + heads * K) if fused else None
+        row += heads * K
+        declared[name] = param((D, heads, K), f"embed {axis} head_dim", f"{hf}.weight", "(N K) D -> D N K", rows=rows)
+        if qkv_bias:
+            declared[f"{name}_bias"] = param(
+                (heads, K), f"{axis} head_dim", f"{hf}.bias", "(N K) -> N K", rows=rows, init="zeros"
+            )
+    declared["o"] = param((H, K, D), "heads head_dim embed", f"{at}.o_proj.weight", "D (N K) -> N K D")
+    if o_bias:
+        declared["o_bias"] = param((D,), "embed", f"{at}.o_proj.bias", init="zeros")
+    return declared
+
+
+def head_norm_params(at: str, K: int, *, init: Initializer = "ones") -> dict[str, Param]:
+    """Declares norms of q and k that normalise every head by itself, with one weight for all (Qwen 3, Gemma 3)."""
+    return {name: param((K,), "head_dim", f"{at}.{name}.weight", init=init) for name in ("q_norm", "k_norm")}
+
+
+def flat_norm_params(at: str, H: int, J: int, K: int) -> dict[str, Param]:
+    """Declares norms of q and k that normalise all heads together (OLMo 2 and 3)."""
+    return {
+        name: param((heads, K), f"{axis} head_dim", f"{at}.{name}.weight", "(N K) -> N K", init="ones")
+        for name, heads, axis in (("q_norm", H, "heads"), ("k_norm", J, "kv_heads"))
+    }
+
+
+def qkv(
+    x: Float[Array, "T D"], p: Mapping[str, jax.Array]
+) -> tuple[Float[Array, "T H K"], Float[Array, "T J K"], Float[Array, "T J K"]]:
+    """Queries, keys and values of the tokens."""
+    return (
+        project(x, p["q"], p.get("q_bias")),
+        project(x, p["k"], p.get("k_bias")),
+        project(x, p["v"], p.get("v_bias")),
+    )
+
+
+def flat_norm(x: Float[Array, "T N K"], weight: Float[Array, "N K"], eps: float) -> Float[Array, "T N K"]:
+    """Root-mean-square normalisation of all the heads of a token together (OLMo 2 and 3)."""
+    flat = x.reshape(x.shape[0], -1)
+    return rms_norm(flat, weight.reshape(-1), eps, offset=0.0).reshape(x.shape)
+
+
+def output(o: Float[Array, "T H K"], p: Mapping[str, jax.Array]) -> Float[Array, "T D"]:
+    """What attention read, mapped back to the model's width."""
+    flat = p["o"].reshape(-1, p["o"].shape[-1])
+    return project(o.reshape(o.shape[0], -1), flat, p.get("o_bias"))

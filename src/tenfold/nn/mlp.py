@@ -1,0 +1,34 @@
+"""The gated feed-forward of Shazeer (2020), separate or fused in the checkpoint.
+
+Dims: T packed tokens, D model width, F feed-forward width.
+"""
+
+from collections.abc import Mapping
+
+import jax
+from jaxtyping import Array, Float
+
+from tenfold.nn.layers import activation, project
+from tenfold.nn.param import Param, param
+
+
+def mlp_params(at: str, D: int, F: int, *, bias: bool = False, fused: bool = False) -> dict[str, Param]:
+    """Declares gate, up and down of the layer whose checkpoint names start with `at`.
+
+    `fused`: the checkpoint holds one `gate_up_proj` (Phi-3) with the gate's rows first.
+    """
+    hf = {name: f"{at}.gate_up_proj" if fused else f"{at}.{name}_proj" for name in ("gate", "up")}
+    rows = {"gate": (0, F), "up": (F, 2 * F)} if fused else {"gate": None, "up": None}
+    declared = {name: param((D, F), "embed mlp", f"{hf[name]}.weight", "F D -> D F", rows=rows[name]) for name in hf}
+    declared["down"] = param((F, D), "mlp embed", f"{at}.down_proj.weight", "D F -> F D")
+    if bias:
+        for name in hf:
+            declared[f"{name}_bias"] = param((F,), "mlp", f"{hf[name]}.bias", rows=rows[name], init="zeros")
+        declared["down_bias"] = param((D,), "embed", f"{at}.down_proj.bias", init="zeros")
+    return declared
+
+
+def gated_mlp(x: Float[Array, "T D"], p: Mapping[str, jax.Array], act: str) -> Float[Array, "T D"]:
+    """(act(x · gate) ⊙ (x · up)) · down, with biases where they are declared."""
+    gate = activation(act)(project(x, p["gate"], p.get("gate_bias")))
+    return project(gate * project(x, p["up"], p.get("up_bias")), p["down"], p.get("down_bias"))

@@ -1,0 +1,70 @@
+"""The same layers two ways: unrolled over separate arrays (serving), or scanned over stacked ones (training).
+
+A scan compiles in the time of one layer, but reads each layer's weights through a copy; serving cannot pay for that.
+Where layers differ (window, no rope, ...) the scan's body is one repetition of the shortest repeating pattern.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+
+from tenfold.nn.param import Tree, is_param, stack
+
+Block = Callable[[Any, Tree, Any, Any], tuple[Any, Any]]
+
+
+def period(kinds: Sequence[Hashable]) -> int:
+    """The length of the shortest pattern that the kinds repeat; a last repetition may be cut short."""
+    return next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))
+
+
+def stack_layers(layers: Sequence[Tree], kinds: Sequence[Hashable]) -> Tree:
+    """Turns per-layer `Param` trees into {"scan": one stacked tree per place in the pattern, "tail": the rest}."""
+    n = period(kinds)
+    whole = len(layers) // n * n
+
+    def place(i: int) -> Tree:
+        return jax.tree.map(lambda *ps: stack(ps), *layers[i:whole:n], is_leaf=is_param)
+
+    return {"scan": [place(i) for i in range(n)], "tail": list(layers[whole:])}
+
+
+def run_layers(
+    block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any, caches: Sequence[Any] | None = None
+) -> tuple[Any, list[Any]]:
+    """Runs `block(x, params, kind, cache) -> (x, cache)` over every layer.
+
+    Args:
+        block: one layer.
+        layers: a list of per-layer trees, or what `stack_layers` declares.
+        kinds: what tells the layers apart, one per layer; static.
+        x: the activations that the layers pass on.
+        caches: one per layer, or None without a cache. Stacked layers take none.
+
+    Returns:
+        The last activations, and the updated caches (Nones without).
+    """
+    if isinstance(layers, dict):
+        if caches is not None:
+            raise ValueError("stacked layers hold no cache: serve with unstacked ones")
+        return _scan_layers(block, layers, kinds, x), [None] * len(kinds)
+    updated: list[Any] = []
+    for i, params in enumerate(layers):
+        x, cache = block(x, params, kinds[i], None if caches is None else caches[i])
+        updated.append(cache)
+    return x, updated
+
+
+def _scan_layers(block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any) -> Any:
+    n = len(layers["scan"])
+
+    def body(x: Any, params: list[Tree]) -> tuple[Any, None]:
+        for i in range(n):
+            x, _ = block(x, params[i], kinds[i], None)
+        return x, None
+
+    x, _ = jax.lax.scan(body, x, layers["scan"])
+    for i, params in enumerate(layers["tail"]):
+        x, _ = block(x, params, kinds[i % n], None)
+    return x

@@ -1,0 +1,1 @@
+"""Placing arrays on meshes of devices."""
