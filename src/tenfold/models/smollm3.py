@@ -1,0 +1,142 @@
+"""SmolLM3 (Bakouch et al., 2025): Llama with every fourth layer left without rotary embeddings (NoPE).
+
+Dims: T packed tokens, V vocabulary, D width, F feed-forward width, L layers, H query heads, J key-value heads,
+K head dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from tenfold.base.errors import ConfigError
+from tenfold.kernels.attention import Attend, AttentionSpec
+from tenfold.nn import attention, hf_config, rope
+from tenfold.nn.attention import attention_params
+from tenfold.nn.cache import CacheSpec
+from tenfold.nn.hf_config import HFConfig
+from tenfold.nn.layers import rms_norm, rotate, unembed
+from tenfold.nn.mlp import gated_mlp, mlp_params
+from tenfold.nn.param import Param, Tree, param
+from tenfold.nn.rope import Rope
+from tenfold.nn.stack import run_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The architecture of one SmolLM3 checkpoint; letters as in the module's legend."""
+
+    V: int
+    D: int
+    F: int
+    L: int
+    H: int
+    J: int
+    K: int
+    rope: Rope
+    max_len: int
+    rotated: tuple[bool, ...]
+    windows: tuple[int | None, ...]
+    eps: float = 1e-6
+    act: str = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = True
+
+    @classmethod
+    def from_hf(cls, hf: HFConfig) -> "Config":
+        """Reads `config.json`. Raises ConfigError or UnsupportedModelError, naming the key."""
+        layers = hf_config.require(hf, "num_hidden_layers")
+        every = hf.get("no_rope_layer_interval", 4)
+        rotated = tuple(map(bool, hf.get("no_rope_layers") or [(i + 1) % every for i in range(layers)]))
+        if len(rotated) < layers:
+            raise ConfigError(f"config.json lists {len(rotated)} no_rope_layers for {layers} layers")
+        window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
+        types = hf_config.read_given_layer_types(hf, layers)
+        if types is None:  # windows, if any, are for the layers without rotation
+            sliding = [window is not None and not rotated[i] for i in range(layers)]
+            types = tuple("sliding_attention" if is_sliding else "full_attention" for is_sliding in sliding)
+        return cls(
+            V=hf_config.require(hf, "vocab_size"),
+            D=hf_config.require(hf, "hidden_size"),
+            F=hf_config.require(hf, "intermediate_size"),
+            L=layers,
+            H=hf_config.require(hf, "num_attention_heads"),
+            J=hf_config.kv_heads(hf),
+            K=hf_config.head_dim(hf),
+            rope=hf_config.read_rope(hf, default_theta=2_000_000.0),
+            max_len=hf_config.require(hf, "max_position_embeddings"),
+            rotated=rotated[:layers],
+            windows=hf_config.read_windows(types, window),
+            eps=float(hf.get("rms_norm_eps", 1e-6)),
+            act=hf_config.read_activation(hf),
+            attention_bias=bool(hf.get("attention_bias", False)),
+            mlp_bias=bool(hf.get("mlp_bias", False)),
+            tied=bool(hf.get("tie_word_embeddings", True)),
+        )
+
+
+def kinds(c: Config) -> tuple[AttentionSpec, ...]:
+    """What tells the layers apart: the window, and whether they rotate."""
+    return tuple(
+        AttentionSpec(scale=c.K**-0.5, window=window, rope="default" if rotated else None)
+        for window, rotated in zip(c.windows, c.rotated, strict=True)
+    )
+
+
+def cache_specs(c: Config) -> tuple[CacheSpec, ...]:
+    """The cache that each layer needs."""
+    return tuple(CacheSpec(c.J, c.K, window) for window in c.windows)
+
+
+def params(c: Config) -> Tree:
+    """The declaration of every weight, unstacked."""
+    tree: dict[str, Any] = {
+        "embed": param(
+            (c.V, c.D), "vocab embed", "model.embed_tokens.weight", aliases=("lm_head.weight",) if c.tied else ()
+        ),
+        "layers": [_layer(c, f"model.layers.{i}") for i in range(c.L)],
+        "norm": param((c.D,), "embed", "model.norm.weight", init="ones"),
+    }
+    if not c.tied:
+        tree["head"] = param((c.D, c.V), "embed vocab", "lm_head.weight", "V D -> D V")
+    return tree
+
+
+def _layer(c: Config, at: str) -> dict[str, Param]:
+    return {
+        "attn_norm": param((c.D,), "embed", f"{at}.input_layernorm.weight", init="ones"),
+        **attention_params(f"{at}.self_attn", c.D, c.H, c.J, c.K, qkv_bias=c.attention_bias, o_bias=c.attention_bias),
+        "mlp_norm": param((c.D,), "embed", f"{at}.post_attention_layernorm.weight", init="ones"),
+        **mlp_params(f"{at}.mlp", c.D, c.F, bias=c.mlp_bias),
+    }
+
+
+def forward(
+    p: Tree,
+    c: Config,
+    tokens: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    attend: Attend,
+    caches: Sequence[Any] | None = None,
+) -> tuple[Float[Array, "T D"], list[Any]]:
+    """Hidden states of packed tokens, after the last norm, and the updated caches."""
+    cos_sin = rope.cos_sin(c.rope, positions, c.max_len)
+
+    def block(x: jax.Array, w: Tree, spec: AttentionSpec, cache: Any) -> tuple[jax.Array, Any]:
+        q, k, v = attention.qkv(rms_norm(x, w["attn_norm"], c.eps), w)
+        if spec.rope is not None:
+            q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        o, cache = attend(q, k, v, cache, spec)
+        x = x + attention.output(o, w)
+        return x + gated_mlp(rms_norm(x, w["mlp_norm"], c.eps), w, c.act), cache
+
+    x, caches = run_layers(block, p["layers"], kinds(c), p["embed"][tokens], caches)
+    return rms_norm(x, p["norm"], c.eps), caches
+
+
+def logits(p: Tree, c: Config, x: Float[Array, "S D"]) -> Float[Array, "S V"]:
+    """Float32 logits of hidden states."""
+    return unembed(x, p["embed"].T if c.tied else p["head"])

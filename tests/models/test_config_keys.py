@@ -1,0 +1,140 @@
+"""Every key that transformers knows in a family's config.json is honoured, refused, or has no bearing on inference.
+
+The keys come from transformers' own configuration classes (`tests/parity/reference.py` wrote them down).
+"""
+
+import json
+from typing import Any
+
+import pytest
+
+from tenfold.base.errors import UnsupportedModelError
+from tenfold.models import FAMILIES
+from tenfold.models.family import resolve
+from tests.parity.cases import CASES, SIZES
+from tests.parity.golden import DIRECTORY
+
+KEYS: dict[str, list[str]] = json.loads((DIRECTORY / "config_keys.json").read_text())
+ARCHITECTURES = {case.config["model_type"]: case.config["architectures"][0] for case in CASES}
+
+IRRELEVANT = {
+    "_name_or_path": "elsewhere",
+    "architectures": None,  # these two choose the family
+    "model_type": None,
+    "dtype": "bfloat16",  # the engine's business, and the checkpoint's
+    "transformers_version": "4.0.0",
+    "attention_dropout": 0.3,
+    "embd_pdrop": 0.3,
+    "resid_pdrop": 0.3,
+    "initializer_range": 0.5,
+    "pretraining_tp": 2,  # the same sums in another order
+    "chunk_size_feed_forward": 4,
+    "use_cache": False,
+    "bos_token_id": 3,  # the engine reads end tokens
+    "eos_token_id": [4, 5],
+    "pad_token_id": 6,
+    "return_dict": False,
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "problem_type": "regression",
+    "id2label": {"0": "LABEL_0"},
+    "label2id": {"LABEL_0": 0},
+}
+REFUSED = {
+    "is_encoder_decoder": True,
+    "use_bidirectional_attention": True,
+}
+SLIDING = {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+# A value that must make a difference, and what else the config must say for it to.
+HONOURED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "vocab_size": (98, {}),
+    "hidden_size": (96, {}),
+    "intermediate_size": (70, {}),
+    "num_hidden_layers": (4, {}),
+    "num_attention_heads": (12, {}),
+    "num_key_value_heads": (3, {}),
+    "head_dim": (20, {}),
+    "max_position_embeddings": (512, {}),
+    "original_max_position_embeddings": (64, {}),
+    "rms_norm_eps": (1e-4, {}),
+    "tie_word_embeddings": (True, {}),
+    "rope_parameters": ({"rope_type": "default", "rope_theta": 77.0}, {}),
+    "hidden_act": ("gelu", {}),
+    "hidden_activation": ("gelu", {}),
+    "attention_bias": (True, {}),
+    "mlp_bias": (True, {}),
+    "sliding_window": (5, {"use_sliding_window": True, "max_window_layers": 1}),
+    "use_sliding_window": (True, {"sliding_window": 7, "max_window_layers": 1, "no_rope_layers": [1, 0, 1]}),
+    "max_window_layers": (2, WINDOWED),
+    "layer_types": (SLIDING["layer_types"], {"use_sliding_window": True, "sliding_window": 7}),
+    "_sliding_window_pattern": (2, {}),
+    "no_rope_layers": ([0, 1, 1], {}),
+    "no_rope_layer_interval": (2, {}),
+    "query_pre_attn_scalar": (7, {}),
+    "attn_logit_softcapping": (11.0, {}),
+    "final_logit_softcapping": (11.0, {}),
+}
+NESTED_ROPE = {"full_attention": {"rope_theta": 77.0}, "sliding_attention": {"rope_theta": 7.0}}
+OVERRIDES: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {
+    ("gemma3_text", "rope_parameters"): (NESTED_ROPE, {}),
+    ("olmo3", "rope_parameters"): (NESTED_ROPE, {}),
+    ("smollm3", "sliding_window"): (5, {"use_sliding_window": True, "no_rope_layers": [1, 0, 1]}),
+}
+REFUSED_BY_FAMILY = {"gemma3_text": {"attn_logit_softcapping": 11.0}}
+
+PAIRS = [(model_type, key) for model_type, keys in KEYS.items() for key in keys]
+
+
+def base(model_type: str) -> dict[str, Any]:
+    return {"architectures": [ARCHITECTURES[model_type]], "model_type": model_type, **SIZES}
+
+
+def test_every_family_is_here() -> None:
+    assert sorted(ARCHITECTURES[model_type] for model_type in KEYS) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize(("model_type", "key"), PAIRS)
+def test_key_is_honoured_refused_or_irrelevant(model_type: str, key: str) -> None:
+    config = base(model_type)
+    refused = REFUSED | REFUSED_BY_FAMILY.get(model_type, {})
+    if key in refused:
+        with pytest.raises(UnsupportedModelError, match=key):
+            resolve(config | {key: refused[key]})
+    elif key in IRRELEVANT:
+        value = IRRELEVANT[key] if IRRELEVANT[key] is not None else config[key]
+        assert resolve(config | {key: value}) == resolve(config)
+    else:
+        value, others = OVERRIDES.get((model_type, key)) or HONOURED[key]
+        config |= others
+        assert resolve(config | {key: value}).config != resolve(config).config
+
+
+@pytest.mark.parametrize("model_type", sorted(KEYS))
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+        ("per_layer_config", {"0": {"num_key_value_heads": 1}}),
+        ("add_cross_attention", True),
+    ],
+)
+def test_what_no_family_implements_is_refused_by_name(model_type: str, key: str, value: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=key):
+        resolve(base(model_type) | {key: value})
+
+
+@pytest.mark.parametrize("model_type", sorted(KEYS))
+def test_unknown_activation_is_refused_by_name(model_type: str) -> None:
+    key = "hidden_activation" if model_type.startswith("gemma") else "hidden_act"
+    with pytest.raises(UnsupportedModelError, match="xielu"):
+        resolve(base(model_type) | {key: "xielu"})
+
+
+@pytest.mark.parametrize("model_type", sorted(KEYS))
+def test_unknown_rope_is_refused_by_name(model_type: str) -> None:
+    rope: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    if model_type in ("gemma3_text", "olmo3"):
+        rope = {"full_attention": rope}
+    with pytest.raises(UnsupportedModelError, match="dynamic"):
+        resolve(base(model_type) | {"rope_parameters": rope})

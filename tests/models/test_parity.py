@@ -1,0 +1,44 @@
+"""The families against transformers, by the golden files that `tests/parity/reference.py` wrote."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from tenfold.models.family import resolve
+from tenfold.nn import checkpoint
+from tenfold.nn.param import count, leaves
+from tests.parity import golden
+from tests.parity.cases import CASES
+
+
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_packed_forward_scores_as_transformers_does(name: str, tmp_path: Path) -> None:
+    check(name, tmp_path, stacked=False)
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.engine])
+def test_scan_over_stacked_layers_scores_as_transformers_does(name: str, tmp_path: Path) -> None:
+    check(name, tmp_path, stacked=True)
+
+
+def check(name: str, tmp_path: Path, *, stacked: bool) -> None:
+    wanted = golden.read(golden.DIRECTORY / f"{name}.json")
+    golden.save_checkpoint(wanted, tmp_path)
+    model = resolve(checkpoint.read_config(tmp_path)).with_max_len(wanted.max_len)
+    params = checkpoint.load(tmp_path, model.params(stacked=stacked), jnp.float32)
+    golden.assert_scores_agree(wanted, model, params)
+
+
+def test_every_case_has_a_golden_file() -> None:
+    assert sorted(case.name for case in CASES) == golden.NAMES
+    for case in CASES:
+        assert golden.read(golden.DIRECTORY / f"{case.name}.json").config == case.config
+
+
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_declaration_has_the_tensors_of_transformers(name: str) -> None:
+    wanted = golden.read(golden.DIRECTORY / f"{name}.json")
+    tree = resolve(wanted.config).params()
+    assert {source.name for _, p in leaves(tree) for source in p.sources} == set(wanted.tensors)
+    assert count(tree) == wanted.num_parameters

@@ -1,0 +1,379 @@
+"""What is compared with transformers: tiny checkpoints whose weights are a function of a seed and of their names.
+
+Read by both sides, our interpreter and the one with torch, so it needs nothing but numpy. Sizes are odd, windows are
+much shorter than the prompts, and weights are large, so that every feature changes the logits.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+NUM_PROMPTS = 32
+NEW_TOKENS = 64
+LONGEST_PROMPT = 48
+
+TRANSFORMERS_5 = {"dtype": "float32", "transformers_version": "5.23.0"}
+TRANSFORMERS_4 = {"torch_dtype": "float32", "transformers_version": "4.40.0"}
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 68,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-3,  # large enough to matter
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,  # nothing ends early
+    "pad_token_id": None,
+}
+SHORT_FACTORS = [1.0, 1.1, 1.3, 1.6, 1.9, 2.3]
+LONG_FACTORS = [1.0, 1.7, 2.9, 4.1, 6.3, 8.9]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One checkpoint.
+
+    Attributes:
+        name: of its golden file; starts with the family's.
+        config: its config.json.
+        shortest_prompt: in tokens.
+        max_len: the context that our side is configured for; decides longrope's factors.
+        engine: `make test` also runs it stacked and through the engine, which compile for a while: one per family.
+    """
+
+    name: str
+    config: dict[str, Any]
+    shortest_prompt: int = 1
+    max_len: int = LONGEST_PROMPT + NEW_TOKENS
+    engine: bool = False
+
+
+def _rope(kind: str = "default", theta: float = 10_000.0, **more: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": theta, **more}
+
+
+def _v5(architecture: str, model_type: str, **own: Any) -> dict[str, Any]:
+    return {"architectures": [architecture], "model_type": model_type, **SIZES, **TRANSFORMERS_5, **own}
+
+
+def _v4(architecture: str, model_type: str, **own: Any) -> dict[str, Any]:
+    return {"architectures": [architecture], "model_type": model_type, **SIZES, **TRANSFORMERS_4, **own}
+
+
+def _sliding(pattern: str) -> list[str]:
+    return ["full_attention" if letter == "f" else "sliding_attention" for letter in pattern]
+
+
+LLAMA = ("LlamaForCausalLM", "llama")
+MISTRAL = ("MistralForCausalLM", "mistral")
+QWEN2 = ("Qwen2ForCausalLM", "qwen2")
+QWEN3 = ("Qwen3ForCausalLM", "qwen3")
+GEMMA2 = ("Gemma2ForCausalLM", "gemma2")
+GEMMA3 = ("Gemma3ForCausalLM", "gemma3_text")
+PHI3 = ("Phi3ForCausalLM", "phi3")
+SMOLLM3 = ("SmolLM3ForCausalLM", "smollm3")
+OLMO2 = ("Olmo2ForCausalLM", "olmo2")
+OLMO3 = ("Olmo3ForCausalLM", "olmo3")
+
+CASES = (
+    Case(name="llama", config=_v5(*LLAMA, hidden_act="silu", rope_parameters=_rope())),
+    Case(
+        name="llama-llama3-rope-tied",
+        engine=True,
+        config=_v5(
+            *LLAMA,
+            head_dim=16,
+            tie_word_embeddings=True,
+            rope_parameters=_rope(
+                "llama3",
+                500.0,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=64,
+            ),
+        ),
+    ),
+    Case(
+        name="llama-linear-rope-v4-mha",
+        config=_v4(*LLAMA, num_key_value_heads=6, rope_theta=5000.0, rope_scaling={"type": "linear", "factor": 4.0}),
+    ),
+    Case(
+        name="llama-yarn-mqa",
+        config=_v5(
+            *LLAMA,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=16.0),
+        ),
+    ),
+    Case(
+        name="llama-biases",
+        config=_v5(*LLAMA, attention_bias=True, mlp_bias=True, hidden_act="gelu", rope_parameters=_rope()),
+    ),
+    Case(
+        name="mistral",
+        engine=True,
+        config=_v5(*MISTRAL, head_dim=16, sliding_window=7, rope_parameters=_rope(theta=1e6)),
+    ),
+    Case(
+        name="mistral-full-v4",
+        config=_v4(*MISTRAL, head_dim=None, sliding_window=None, rope_theta=1e6, tie_word_embeddings=True),
+    ),
+    Case(
+        name="qwen2-v4",
+        config=_v4(
+            *QWEN2,
+            tie_word_embeddings=True,
+            rope_theta=1e6,
+            use_sliding_window=False,
+            sliding_window=5,
+            max_window_layers=1,
+        ),
+    ),
+    Case(
+        name="qwen2-sliding-v4",
+        engine=True,
+        config=_v4(*QWEN2, head_dim=12, rope_theta=1e4, use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    ),
+    Case(
+        name="qwen3",
+        config=_v5(
+            *QWEN3,
+            head_dim=16,
+            rope_parameters=_rope(theta=1e6),
+            use_sliding_window=False,
+            sliding_window=None,
+            layer_types=_sliding("fff"),
+        ),
+    ),
+    Case(
+        name="qwen3-sliding-yarn-biases",
+        engine=True,
+        config=_v5(
+            *QWEN3,
+            head_dim=12,
+            num_key_value_heads=3,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=6,
+            layer_types=_sliding("sfs"),
+            rope_parameters=_rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=64,
+                mscale=1.2,
+                mscale_all_dim=0.7,
+                truncate=False,
+            ),
+        ),
+    ),
+    Case(
+        name="gemma2",
+        engine=True,
+        config=_v5(
+            *GEMMA2,
+            head_dim=16,
+            hidden_activation="gelu_pytorch_tanh",
+            tie_word_embeddings=True,
+            query_pre_attn_scalar=9,
+            sliding_window=5,
+            layer_types=_sliding("sfs"),
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=6.0,
+            rope_parameters=_rope(),
+        ),
+    ),
+    Case(
+        name="gemma2-uncapped-v4",
+        config=_v4(
+            *GEMMA2,
+            head_dim=12,
+            hidden_act="gelu_pytorch_tanh",
+            hidden_activation="gelu_pytorch_tanh",
+            attention_bias=True,
+            query_pre_attn_scalar=24,
+            sliding_window=6,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+            rope_theta=1000.0,
+        ),
+    ),
+    Case(
+        name="gemma3-v4",
+        engine=True,
+        config=_v4(
+            *GEMMA3,
+            head_dim=16,
+            hidden_activation="gelu_pytorch_tanh",
+            tie_word_embeddings=True,
+            query_pre_attn_scalar=8,
+            sliding_window=6,
+            sliding_window_pattern=2,
+            rope_theta=1000.0,
+            rope_local_base_freq=100.0,
+            rope_scaling={"rope_type": "linear", "factor": 8.0},
+        ),
+    ),
+    Case(
+        name="gemma3-layer-types",
+        config=_v5(
+            *GEMMA3,
+            head_dim=12,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            hidden_activation="gelu_pytorch_tanh",
+            query_pre_attn_scalar=4,
+            sliding_window=7,
+            layer_types=_sliding("sfs"),
+            final_logit_softcapping=7.0,
+            rope_parameters={
+                "full_attention": _rope("linear", 5000.0, factor=2.0),
+                "sliding_attention": _rope(theta=50.0),
+            },
+        ),
+    ),
+    Case(
+        name="gemma3-default-pattern",
+        config=_v5(
+            *GEMMA3,
+            hidden_size=36,
+            head_dim=8,
+            num_hidden_layers=7,
+            hidden_activation="gelu_pytorch_tanh",
+            tie_word_embeddings=True,
+            query_pre_attn_scalar=8,
+            sliding_window=5,
+            attention_bias=True,
+        ),
+    ),
+    Case(
+        name="phi3-partial",
+        config=_v5(*PHI3, head_dim=16, sliding_window=9, rope_parameters=_rope(partial_rotary_factor=0.5)),
+    ),
+    Case(
+        name="phi3-longrope-short",
+        config=_v5(
+            *PHI3,
+            num_attention_heads=4,
+            max_position_embeddings=4096,
+            original_max_position_embeddings=512,
+            rope_parameters=_rope("longrope", short_factor=SHORT_FACTORS, long_factor=LONG_FACTORS),
+        ),
+    ),
+    Case(
+        name="phi3-longrope-long-v4",
+        engine=True,
+        config=_v4(
+            *PHI3,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+            max_position_embeddings=128,
+            original_max_position_embeddings=16,
+            partial_rotary_factor=0.75,
+            rope_theta=1000.0,
+            rope_scaling={"type": "longrope", "short_factor": SHORT_FACTORS, "long_factor": LONG_FACTORS},
+        ),
+        shortest_prompt=17,  # transformers picks the factors by the tokens so far, we by what the context may hold
+    ),
+    Case(
+        name="smollm3",
+        config=_v5(
+            *SMOLLM3,
+            num_hidden_layers=5,
+            tie_word_embeddings=True,
+            no_rope_layer_interval=4,
+            rope_parameters=_rope(theta=2e6),
+        ),
+    ),
+    Case(
+        name="smollm3-sliding-v4",
+        engine=True,
+        config=_v4(
+            *SMOLLM3,
+            head_dim=12,
+            attention_bias=True,
+            mlp_bias=True,
+            no_rope_layers=[1, 0, 1],
+            use_sliding_window=True,
+            sliding_window=8,
+            rope_theta=5e4,
+        ),
+    ),
+    Case(
+        name="olmo2",
+        engine=True,
+        config=_v5(*OLMO2, head_dim=12, num_key_value_heads=3, rope_parameters=_rope(theta=5e5)),
+    ),
+    Case(
+        name="olmo2-mha-biases-v4",
+        config=_v4(*OLMO2, num_key_value_heads=6, attention_bias=True, rope_theta=1e4),
+    ),
+    Case(
+        name="olmo3",
+        config=_v5(
+            *OLMO3,
+            num_hidden_layers=5,
+            sliding_window=6,
+            rope_parameters={
+                "full_attention": _rope(
+                    "yarn", 5000.0, factor=4.0, original_max_position_embeddings=64, attention_factor=1.3
+                ),
+                "sliding_attention": _rope(theta=500.0),
+            },
+        ),
+    ),
+    Case(
+        name="olmo3-v4",
+        engine=True,
+        config=_v4(
+            *OLMO3,
+            head_dim=12,
+            num_key_value_heads=6,
+            sliding_window=7,
+            layer_types=_sliding("sfs"),
+            rope_theta=5e5,
+            rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        ),
+    ),
+)
+
+
+def make_weight(name: str, shape: tuple[int, ...], config: Mapping[str, Any], seed: int) -> np.ndarray:
+    """The float32 tensor of this name.
+
+    Scales are a compromise: large enough for varied texts and clear choices, small enough not to amplify rounding.
+    The last norm's weights are of either sign and tied embeddings small, or models would repeat their input.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    center, scale = 0.0, 0.2  # biases
+    if name == "model.norm.weight":
+        scale = 3.5
+    elif name.endswith("norm.weight"):
+        center, scale = (0.0 if config["model_type"].startswith("gemma") else 1.0), 0.4
+    elif name == "model.embed_tokens.weight":
+        scale = 0.1 if config["tie_word_embeddings"] else 0.4
+    elif len(shape) == 2:
+        scale = 1.0
+        if name == "lm_head.weight":
+            scale = 0.7
+        elif any(part in name for part in ("q_proj", "k_proj", "qkv_proj")):
+            scale = 1.3  # attention that chooses
+        scale /= math.sqrt(shape[1])
+    return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale) + np.float32(center)
+
+
+def make_prompts(case: Case, seed: int) -> list[list[int]]:
+    """Ragged prompts, from the shortest allowed to the longest."""
+    rng = np.random.default_rng([seed, zlib.crc32(case.name.encode())])
+    lengths = rng.integers(case.shortest_prompt, LONGEST_PROMPT, NUM_PROMPTS, endpoint=True)
+    lengths[:2] = case.shortest_prompt, LONGEST_PROMPT
+    return [rng.integers(0, case.config["vocab_size"], n).tolist() for n in lengths]
