@@ -1,0 +1,46 @@
+"""Keeping compiled programs, and counting compilations: after an engine is ready, each one is a bug."""
+
+import logging
+from pathlib import Path
+
+import jax
+from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
+
+log = logging.getLogger(__name__)
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+class Compilations:
+    """The number of XLA compilations in this process since it was made, until `stop`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILED:
+            self.count += 1
+            log.warning("a compilation of %.2f s after the engine was ready: please report it", duration_secs)
+
+    def stop(self) -> None:
+        """Counts no more."""
+        monitoring.unregister_event_duration_listener(self._listen)
+
+
+def count_compilations() -> Compilations:
+    """Starts counting."""
+    return Compilations()
+
+
+def keep_programs(directory: Path) -> None:
+    """Keeps what this process compiles from now on in `directory`, and takes it from there where it is.
+
+    A directory that the process or its environment has already given to JAX is left as it is.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        compilation_cache.reset_cache()  # else a process that has compiled before would go on without
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,100 @@
+"""How the device's memory is shared between weights and cache, decided before anything is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import psutil
+from jax.typing import DTypeLike
+
+from tenfold.base.errors import ConfigError, MemoryBudgetError
+from tenfold.engine.config import EngineConfig
+from tenfold.engine.pages import Group
+from tenfold.kernels.paged_attention import page_bytes
+from tenfold.models.family import Model
+from tenfold.nn.cache import CacheSpec
+from tenfold.nn.param import nbytes
+
+GIB = 2**30
+CPU_CACHE_BYTES = 4 * GIB  # a CPU's memory belongs to others too: take no more than this unless told to
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The sizes that an engine runs with.
+
+    Attributes:
+        groups: pools of pages, one per distinct window.
+        max_model_len: longest sequence.
+        num_bytes: of all pools.
+    """
+
+    groups: tuple[Group, ...]
+    max_model_len: int
+    num_bytes: int
+
+
+def free_memory(device: Any) -> int:
+    """Bytes that the device can still give; for a CPU, what the operating system calls available."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return psutil.virtual_memory().available
+
+
+def plan_cache(model: Model, config: EngineConfig, dtype: DTypeLike, free: int, platform: str) -> CachePlan:
+    """Sizes the cache for a model that is about to be loaded into `free` bytes.
+
+    Raises:
+        ConfigError: if max_model_len is more than the model's own.
+        MemoryBudgetError: if the weights, or the cache of one sequence, will not fit; says what to change.
+    """
+    weights = nbytes(model.params(), dtype)
+    budget = config.cache_memory
+    if budget is None:
+        budget = int(free * config.memory_utilization) - weights
+        budget = min(budget, CPU_CACHE_BYTES) if platform == "cpu" else budget
+    if weights + max(budget, 0) > free or budget <= 0:
+        raise MemoryBudgetError(
+            f"{model.architecture} needs {weights / GIB:.2f} GiB for its weights in {jnp.dtype(dtype).name} and "
+            f"{max(budget, 0) / GIB:.2f} GiB for its cache; {free / GIB:.2f} GiB are free. Use a smaller model or dtype"
+            + (", or a smaller cache memory." if config.cache_memory else ".")
+        )
+    longest = config.max_model_len or model.config.max_len
+    if longest > model.config.max_len:
+        raise ConfigError(
+            f"max_model_len={longest} is longer than the {model.config.max_len} positions that the model was made for."
+        )
+    while True:
+        plan = _plan(model.cache_specs(), config, dtype, longest, budget)
+        if plan.num_bytes <= budget:
+            return plan
+        if config.max_model_len is not None or longest <= 64:
+            raise MemoryBudgetError(
+                f"one sequence of {longest} tokens needs {plan.num_bytes / GIB:.3f} GiB of cache; the cache has "
+                f"{budget / GIB:.3f} GiB. Lower max_model_len or give the cache more memory."
+            )
+        longest = max(64, longest * 7 // 8)
+
+
+def _plan(specs: Sequence[CacheSpec], config: EngineConfig, dtype: DTypeLike, longest: int, budget: int) -> CachePlan:
+    """Every group gets pages for the same number of longest sequences: as many as fit, at least one, and no more than
+    can run at once."""
+    B = config.block_size
+    windows = list(dict.fromkeys(spec.window for spec in specs))
+    bytes_of = dict.fromkeys(windows, 0)
+    for spec in specs:
+        bytes_of[spec.window] += page_bytes(B, spec.num_kv_heads, spec.head_dim, dtype)
+    wanted = {w: blocks_of(w, longest, config.max_num_batched_tokens, B) for w in windows}
+    null_pages = sum(bytes_of.values())
+    each = sum(wanted[w] * bytes_of[w] for w in windows)
+    sequences = min(max(1.0, (budget - null_pages) / each), float(config.max_num_seqs))
+    groups = tuple(Group(w, 1 + int(wanted[w] * sequences)) for w in windows)
+    return CachePlan(groups, longest, sum(group.num_pages * bytes_of[group.window] for group in groups))
+
+
+def blocks_of(window: int | None, length: int, chunk: int, block_size: int) -> int:
+    """The most blocks that a sequence of `length` tokens owns at once: a window's, and a chunk being computed."""
+    seen = length if window is None else min(length, window + chunk + block_size)
+    return -(-seen // block_size)

@@ -1,0 +1,125 @@
+"""The device programs of the engine: pure functions, compiled once per bucket.
+
+Dims: T packed tokens, S rows (sequences of the step), D model width, V vocabulary, N blocks of the longest sequence,
+R rows of the token history (one per slot, and one for padding), X its length.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tenfold.kernels import sampling
+from tenfold.kernels.attention import AttentionSpec
+from tenfold.kernels.paged_attention import PagedCache, RaggedBatch, paged_attention, write
+from tenfold.kernels.sampling import SamplingBatch
+from tenfold.models.family import Model
+from tenfold.nn.param import Tree
+
+PROMPT_ROWS = 32  # prompt positions whose logits exist at a time
+
+
+class StepBatch(NamedTuple):
+    """One step's tokens and rows. What differs by layer group is a tuple with one entry per group.
+
+    Attributes:
+        slots, positions: [T] where each token stands in the history; padding points at the last row.
+        pages, offsets: per group [T], offsets [T]: where its key and value go; padding goes to the null page.
+        block_tables: per group [S, N].
+        kv_lens, query_starts, num_decodes, num_seqs: as in `RaggedBatch`.
+        last: [S] packed index of each row's last token.
+    """
+
+    slots: Any
+    positions: Any
+    pages: tuple[Any, ...]
+    offsets: Any
+    block_tables: tuple[Any, ...]
+    kv_lens: Any
+    query_starts: Any
+    num_decodes: Any
+    num_seqs: Any
+    last: Any
+
+
+def forward(
+    params: Tree,
+    caches: Sequence[PagedCache],
+    history: Int[Array, "R X"],
+    batch: StepBatch,
+    *,
+    model: Model,
+    groups: tuple[int, ...],
+    decode_only: bool,
+) -> tuple[list[PagedCache], Float[Array, "T D"], Float[Array, "S D"]]:
+    """Computes a step: writes its keys and values, and returns all hidden states and those of each row's last token.
+
+    `groups[layer]` is the layer's group; `decode_only`: every row has one token. The caches are meant to be donated.
+    """
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, layer: tuple[PagedCache, int], spec: AttentionSpec
+    ) -> tuple[jax.Array, tuple[PagedCache, int]]:
+        cache, group = layer
+        cache = write(cache, k, v, batch.pages[group], batch.offsets)
+        ragged = RaggedBatch(
+            batch.block_tables[group], batch.kv_lens, batch.query_starts, batch.num_decodes, batch.num_seqs
+        )
+        return paged_attention(q, cache, ragged, spec, decode_only=decode_only), (cache, group)
+
+    tokens = history[batch.slots, batch.positions]
+    layers = list(zip(caches, groups, strict=True))
+    hidden, layers = model.forward(params, tokens, batch.positions, attend, layers)
+    return [cache for cache, _ in layers], hidden, hidden[batch.last]
+
+
+def sample(
+    params: Tree,
+    history: Int[Array, "R X"],
+    hidden: Float[Array, "S D"],
+    batch: SamplingBatch,
+    *,
+    model: Model,
+) -> tuple[Int[Array, "R X"], Int[Array, " S"], Float[Array, "S V"]]:
+    """Samples a token per row and writes it into the history, which is meant to be donated. Also returns the logits."""
+    logits = model.logits(params, hidden)
+    tokens = sampling.sample(logits, batch, history)
+    history = history.at[batch.slot, batch.position].set(tokens, mode="promise_in_bounds")
+    return history, tokens, logits
+
+
+def admit(history: Int[Array, "R X"], slot: Int[Array, ""], tokens: Int[Array, " X"]) -> Int[Array, "R X"]:
+    """Writes the tokens that the host knows of a sequence into its row. The history is meant to be donated."""
+    return jax.lax.dynamic_update_slice_in_dim(history, tokens[None], slot, 0)
+
+
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of each packed token's successor in its prompt; `top` are the most likely instead."""
+
+    logprob: Float[Array, " T"]
+    rank: Int[Array, " T"]
+    top_ids: Int[Array, "T k"]
+    top_logprobs: Float[Array, "T k"]
+
+
+def prompt_logprobs(
+    params: Tree,
+    history: Int[Array, "R X"],
+    hidden: Float[Array, "T D"],
+    slots: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    *,
+    model: Model,
+    k: int,
+) -> PromptLogprobs:
+    """Scores the token after each position of a step, a few positions at a time: T · V logits would not fit."""
+    T = hidden.shape[0]
+    rows = min(T, PROMPT_ROWS)
+    following = history[slots, jnp.minimum(positions + 1, history.shape[1] - 1)]
+    pad = -T % rows
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, rows, hidden.shape[1])
+    targets = jnp.pad(following, (0, pad)).reshape(-1, rows)
+    scored = jax.lax.map(lambda part: sampling.logprobs(model.logits(params, part[0]), part[1], k=k), (hidden, targets))
+    return PromptLogprobs(*(x.reshape(-1, *x.shape[2:])[:T] for x in scored))

@@ -1,0 +1,294 @@
+"""The engine's hold on the device: weights, cache and token history, and the compiled programs that use them."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tenfold.engine import programs
+from tenfold.engine.buckets import SMALLEST_MIXED, bucket, row_buckets, token_buckets
+from tenfold.engine.config import EngineConfig
+from tenfold.engine.outputs import TokenLogprobs
+from tenfold.engine.pages import Group
+from tenfold.engine.programs import PromptLogprobs, StepBatch
+from tenfold.engine.sampling_params import MAX_BIAS_ENTRIES, MAX_LOGPROBS
+from tenfold.engine.scheduler import Chunk, Plan
+from tenfold.kernels.paged_attention import make_cache
+from tenfold.kernels.sampling import SamplingBatch
+from tenfold.models.family import Model
+from tenfold.nn.param import Tree
+
+log = logging.getLogger(__name__)
+
+FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+INTS = ("top_k", "position", "slot", "prompt_length", "length")
+TIMED_S = 0.5  # warm-up times buckets up to the first step that takes this long, and extrapolates from there
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a dispatched step will give, still on the device.
+
+    Attributes:
+        sampled: the chunks that sample, one per leading row of the arrays.
+        rows: the row of each of them.
+        tokens: [S] sampled ids.
+        logprobs: of the sampled tokens, if any chunk asked.
+        prompt_chunks: chunks whose prompt log-probabilities were asked for, with their first packed token.
+        prompt: of every packed token, if any chunk asked.
+    """
+
+    sampled: tuple[Chunk, ...]
+    rows: tuple[int, ...]
+    tokens: jax.Array
+    logprobs: tuple[jax.Array, ...] | None
+    prompt_chunks: tuple[tuple[Chunk, int], ...]
+    prompt: PromptLogprobs | None
+
+
+class Runner:
+    """Turns plans into device work. Nothing here waits for the device except `warm_up` and `fetch_*`."""
+
+    def __init__(self, model: Model, params: Tree, config: EngineConfig, groups: Sequence[Group], max_len: int) -> None:
+        """Allocates cache and history. `params` are the unstacked weights; `groups` from `memory.plan_cache`."""
+        self.config, self.model, self._params = config, model, params
+        self._max_len = max_len
+        specs = model.cache_specs()
+        windows = [group.window for group in groups]
+        self._groups = tuple(windows.index(spec.window) for spec in specs)
+        self._num_groups = len(groups)
+        self._blocks = -(-max_len // config.block_size)
+        dtype = jax.tree.leaves(params)[0].dtype
+        self._caches = [
+            make_cache(groups[g].num_pages, config.block_size, spec.num_kv_heads, spec.head_dim, dtype)
+            for spec, g in zip(specs, self._groups, strict=True)
+        ]
+        self._history = jnp.zeros((config.max_num_seqs + 1, max_len), jnp.int32)
+        self._decodes = token_buckets(1, config.max_num_seqs)
+        self._mixed = token_buckets(SMALLEST_MIXED, max(config.max_num_batched_tokens, SMALLEST_MIXED))
+        self._rows = row_buckets(config.max_num_seqs)
+        self._num_logprobs = min(MAX_LOGPROBS, model.config.V)
+        self._no_bias = {
+            S: (jnp.full((S, MAX_BIAS_ENTRIES), -1, jnp.int32), jnp.zeros((S, MAX_BIAS_ENTRIES), jnp.float32))
+            for S in self._rows
+        }
+        self._compiled: dict[tuple[str, int], Callable[..., Any]] = {}
+        self.step_seconds: dict[tuple[str, int], float] = {}
+
+    # --- compiling -------------------------------------------------------------------------------------------------
+
+    def warm_up(self, report: Callable[[int, int], None] | None = None) -> None:
+        """Compiles every program for every bucket, on all cores, and times the steps; `report(done, total)`."""
+        rows = sorted(self._rows, reverse=True)  # what takes longest first
+        mixed, decodes = self._mixed, self._decodes
+        jobs = [*(("sample", S) for S in rows), *(("mixed", T) for T in mixed), *(("decode", T) for T in decodes)]
+        jobs += [*(("logprobs", S) for S in rows), *(("prompt_logprobs", T) for T in mixed), ("admit", 0)]
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            lowered = ((job, self._lower(*job)) for job in jobs)
+            futures = {job: pool.submit(program.compile) for job, program in lowered}
+            for done, (job, future) in enumerate(futures.items(), 1):
+                self._compiled[job] = future.result()
+                if report:
+                    report(done, len(jobs))
+        self._time_steps()
+
+    def _lower(self, name: str, size: int) -> Any:
+        abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
+        params, history, width = abstract(self._params), abstract(self._history), self.model.config.D
+        dtype = jax.tree.leaves(params)[0].dtype
+        hidden = jax.ShapeDtypeStruct((size, width), dtype)
+        ints = jax.ShapeDtypeStruct((size,), jnp.int32)
+        if name in ("decode", "mixed"):
+            step = partial(programs.forward, model=self.model, groups=self._groups, decode_only=name == "decode")
+            fn = jax.jit(step, donate_argnums=1)
+            return fn.lower(params, abstract(self._caches), history, abstract(self._step_batch((), size)))
+        if name == "sample":
+            fn = jax.jit(partial(programs.sample, model=self.model), donate_argnums=1)
+            return fn.lower(params, history, hidden, abstract(self._sampling_batch((), (), size)))
+        if name == "logprobs":
+            fn = jax.jit(partial(programs.sampling.logprobs, k=self._num_logprobs))
+            return fn.lower(jax.ShapeDtypeStruct((size, self.model.config.V), jnp.float32), ints)
+        if name == "prompt_logprobs":
+            fn = jax.jit(partial(programs.prompt_logprobs, model=self.model, k=self._num_logprobs))
+            return fn.lower(params, history, hidden, ints, ints)
+        slot = jax.ShapeDtypeStruct((), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((self._max_len,), jnp.int32)
+        return jax.jit(programs.admit, donate_argnums=0).lower(history, slot, tokens)
+
+    def _time_steps(self) -> None:
+        """Times an empty step of each bucket: weights are in it, attention is not."""
+        for kind, sizes in (("decode", self._decodes), ("mixed", self._mixed)):
+            timed: tuple[int, float] | None = None
+            for T in sizes:
+                if timed and timed[1] > TIMED_S:
+                    self.step_seconds[kind, T] = timed[1] * T / timed[0]
+                    continue
+                seconds: list[float] = []
+                for _ in range(3):
+                    start = time.perf_counter()
+                    self._dispatch((), kind, T)[0].block_until_ready()
+                    seconds.append(time.perf_counter() - start)
+                timed = T, min(seconds)
+                self.step_seconds[kind, T] = timed[1]
+
+    def prefill_budget(self, decodes: int) -> int:
+        """Tokens that a step with this many decodes may hold without taking `decode_slowdown` times as long as they
+        alone: what keeps the time between tokens short while a long prompt arrives. Always room for some prefill."""
+        if not decodes:
+            return self._mixed[-1]
+        alone = self.step_seconds["decode", bucket(decodes, self._decodes)]
+        affordable = [T for T in self._mixed if self.step_seconds["mixed", T] <= alone * self.config.decode_slowdown]
+        return max([bucket(decodes + 1, self._mixed) if decodes < self._mixed[-1] else decodes, *affordable])
+
+    # --- running ---------------------------------------------------------------------------------------------------
+
+    def run(self, plan: Plan) -> StepResult:
+        """Dispatches a step and returns without waiting for it."""
+        for chunk in plan.chunks:
+            if chunk.admitted:
+                row = np.zeros(self._max_len, np.int32)
+                row[: len(chunk.seq.tokens)] = chunk.seq.tokens
+                self._history = self._compiled["admit", 0](self._history, np.int32(chunk.seq.slot), row)
+        scores_prompt = [_scores_prompt(chunk) for chunk in plan.chunks]
+        decode_only = plan.num_decodes == len(plan.chunks) and not any(scores_prompt)
+        kind, sizes = ("decode", self._decodes) if decode_only else ("mixed", self._mixed)
+        T = bucket(plan.num_tokens, sizes)
+        rows = tuple(i for i, chunk in enumerate(plan.chunks) if chunk.samples)
+        tokens, logits, hidden, batch = self._dispatch(plan.chunks, kind, T)
+        S = len(tokens)
+        scored = any(plan.chunks[i].seq.params.logprobs is not None for i in rows)
+        prompt_chunks = tuple(
+            (chunk, int(start))
+            for chunk, start, wanted in zip(plan.chunks, batch.query_starts, scores_prompt, strict=False)
+            if wanted
+        )
+        prompt = None
+        if prompt_chunks:
+            program = self._compiled["prompt_logprobs", T]
+            prompt = program(self._params, self._history, hidden, batch.slots, batch.positions)
+        return StepResult(
+            sampled=tuple(plan.chunks[i] for i in rows),
+            rows=rows,
+            tokens=tokens,
+            logprobs=self._compiled["logprobs", S](logits, tokens) if scored else None,
+            prompt_chunks=prompt_chunks,
+            prompt=prompt,
+        )
+
+    def _dispatch(
+        self, chunks: Sequence[Chunk], kind: str, T: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array, StepBatch]:
+        """Runs the model and the sampler over one bucket; returns tokens, logits, all hidden states, and the batch."""
+        batch = self._step_batch(chunks, T)
+        self._caches, hidden, last = self._compiled[kind, T](self._params, self._caches, self._history, batch)
+        S = bucket(min(T, self.config.max_num_seqs), self._rows)
+        wanted = self._sampling_batch(chunks, [chunk.samples for chunk in chunks], S)
+        self._history, tokens, logits = self._compiled["sample", S](self._params, self._history, last, wanted)
+        return tokens, logits, hidden, batch
+
+    def _step_batch(self, chunks: Sequence[Chunk], T: int) -> StepBatch:
+        S, B = bucket(min(T, self.config.max_num_seqs), self._rows), self.config.block_size
+        slots = np.full(T, self.config.max_num_seqs, np.int32)
+        positions = np.zeros(T, np.int32)
+        pages = np.zeros((self._num_groups, T), np.int32)
+        tables = np.zeros((self._num_groups, S, self._blocks), np.int32)
+        kv_lens = np.zeros(S, np.int32)
+        starts = np.zeros(S + 1, np.int32)
+        at = 0
+        for row, chunk in enumerate(chunks):
+            end = at + chunk.length
+            slots[at:end] = chunk.seq.slot
+            positions[at:end] = np.arange(chunk.start, chunk.start + chunk.length)
+            blocks = positions[at:end] // B
+            for group, table in enumerate(chunk.seq.tables):
+                tables[group, row, : len(table)] = table
+                pages[group, at:end] = tables[group, row, blocks]
+            kv_lens[row] = chunk.start + chunk.length
+            at = starts[row + 1] = end
+        starts[len(chunks) + 1 :] = at
+        return StepBatch(
+            slots=slots,
+            positions=positions,
+            pages=tuple(pages),
+            offsets=positions % B,
+            block_tables=tuple(tables),
+            kv_lens=kv_lens,
+            query_starts=starts,
+            num_decodes=np.int32(sum(chunk.length == 1 for chunk in chunks)),
+            num_seqs=np.int32(len(chunks)),
+            last=np.maximum(starts[1:] - 1, 0),
+        )
+
+    def _sampling_batch(self, chunks: Sequence[Chunk], samples: Sequence[bool], S: int) -> SamplingBatch:
+        """The rows' wishes. Rows that do not sample are greedy and write to the padding row of the history."""
+        floats = np.zeros((len(FLOATS), S), np.float32)
+        floats[FLOATS.index("top_p")] = floats[FLOATS.index("repetition_penalty")] = 1.0
+        ints = np.zeros((len(INTS), S), np.int32)
+        ints[INTS.index("slot")] = self.config.max_num_seqs
+        seeds = np.zeros((S, 2), np.uint32)
+        biased: list[tuple[int, dict[int, float]]] = []
+        for row, (chunk, wanted) in enumerate(zip(chunks, samples, strict=True)):
+            if not wanted:
+                continue
+            seq, p = chunk.seq, chunk.seq.params
+            end = chunk.start + chunk.length
+            floats[:, row] = [getattr(p, name) for name in FLOATS]
+            ints[:, row] = p.top_k, end, seq.slot, seq.prompt_length, end
+            seeds[row] = seq.seed
+            held_back = seq.held_back(end)
+            if p.logit_bias or held_back:
+                biased.append((row, dict(p.logit_bias) | dict.fromkeys(held_back, -np.inf)))
+        bias_ids, bias_values = self._no_bias[S]
+        if biased:
+            bias_ids, bias_values = np.full(bias_ids.shape, -1, np.int32), np.zeros(bias_values.shape, np.float32)
+            for row, bias in biased:
+                bias_ids[row, : len(bias)] = list(bias)
+                bias_values[row, : len(bias)] = list(bias.values())
+        columns: dict[str, Any] = {"seed": seeds, "bias_ids": bias_ids, "bias_values": bias_values}
+        columns |= zip(FLOATS, floats, strict=True)
+        columns |= zip(INTS, ints, strict=True)
+        return SamplingBatch(**columns)
+
+
+def _scores_prompt(chunk: Chunk) -> bool:
+    """Whether the chunk holds tokens whose successors' log-probabilities were asked for."""
+    return chunk.seq.params.prompt_logprobs is not None and chunk.start < chunk.seq.prompt_length - 1
+
+
+def fetch_tokens(result: StepResult) -> list[tuple[Chunk, int, TokenLogprobs | None]]:
+    """Waits for a step and returns each sampling chunk with its token, and the log-probabilities where asked for."""
+    tokens = np.asarray(result.tokens)
+    logprobs = None if result.logprobs is None else tuple(np.asarray(x) for x in result.logprobs)
+    fetched: list[tuple[Chunk, int, TokenLogprobs | None]] = []
+    for chunk, row in zip(result.sampled, result.rows, strict=True):
+        token, asked = int(tokens[row]), chunk.seq.params.logprobs
+        scored = None if logprobs is None or asked is None else _scored(token, [x[row] for x in logprobs], asked)
+        fetched.append((chunk, token, scored))
+    return fetched
+
+
+def fetch_prompt_logprobs(result: StepResult) -> None:
+    """Waits for a step and files its prompt log-probabilities with their sequences."""
+    if result.prompt is None:
+        return
+    arrays = [np.asarray(x) for x in result.prompt]
+    for chunk, first in result.prompt_chunks:
+        seq, asked = chunk.seq, chunk.seq.params.prompt_logprobs
+        assert asked is not None
+        for i in range(min(chunk.length, seq.prompt_length - 1 - chunk.start)):
+            position = chunk.start + i + 1
+            seq.prompt_logprobs[position] = _scored(seq.tokens[position], [x[first + i] for x in arrays], asked)
+
+
+def _scored(token: int, arrays: Sequence[Any], k: int) -> TokenLogprobs:
+    logprob, rank, top_ids, top_logprobs = arrays
+    top = tuple((int(i), float(p)) for i, p in zip(top_ids[:k], top_logprobs[:k], strict=True))
+    return TokenLogprobs(token, float(logprob), int(rank), top)
