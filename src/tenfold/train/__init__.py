@@ -1,0 +1,1 @@
+"""Training on the models that serve: packed rows in, a checkpoint out."""

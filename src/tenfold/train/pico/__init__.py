@@ -1,0 +1,1 @@
+"""pico, the built-in model: its corpus, its vocabulary and its recipe."""
