@@ -1,0 +1,24 @@
+"""What holds for every test: strict JAX semantics on four CPU devices, and repeatable generated cases.
+
+JAX reads its settings from the environment when it is first imported, so they are set here, before that, and tests
+that need no JAX do not pay for importing it. Processes that a test starts inherit them.
+"""
+
+import os
+
+from hypothesis import settings
+
+STRICT_JAX = {
+    "JAX_NUM_CPU_DEVICES": "4",  # so that sharding over a mesh is tested without accelerators
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+}
+os.environ.update(STRICT_JAX)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # `JAX_PLATFORMS=cuda pytest -m gpu` runs the others
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on the network
+
+# The same cases in every run, without a deadline, because compiling takes longer than running.
+# `pytest --hypothesis-profile explore` looks for new ones.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile("repeatable")
