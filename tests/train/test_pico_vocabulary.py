@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tenfold.base.errors import TokenizerError
+from tenfold.train.packing import pack
 from tenfold.train.pico.conversations import conversations
 from tenfold.train.pico.corpus import canonical_question, entries
-from tenfold.train.packing import pack
 from tenfold.train.pico.vocabulary import (
     BOS,
     END,
@@ -25,6 +25,7 @@ from tenfold.train.pico.vocabulary import (
     VOCAB_SIZE,
     encode_conversation,
     encode_source,
+    generation_config,
     token_id,
     train_tokenizer,
     write_tokenizer,
@@ -144,8 +145,8 @@ def test_the_prompt_ends_where_the_mask_begins(tokenizer: Tokenizer, config: dic
         assert ids[-1] == tokenizer.token_to_id(END)
 
 
-def test_generation_stops_at_both_ends(directory: Path, tokenizer: Tokenizer) -> None:
-    generation = json.loads((directory / "generation_config.json").read_text())
+def test_generation_is_greedy_and_stops_at_both_ends(tokenizer: Tokenizer) -> None:
+    generation = generation_config(tokenizer)
     assert sorted(generation["eos_token_id"]) == sorted(tokenizer.token_to_id(token) for token in (EOS, END))
     assert generation["bos_token_id"] == tokenizer.token_to_id(BOS)
     assert generation["pad_token_id"] == tokenizer.token_to_id(PAD)

@@ -9,8 +9,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from tenfold.base.builtin import builtin_model
 from tenfold.base.errors import RequestError
+from tenfold.base.files import TOKENIZER_FILES
 from tenfold.base.storage import fetch
 from tenfold.data.completion import CompletionText
+from tenfold.data.generation_config import read_sampling_defaults
 from tenfold.data.tokenizer import Tokenizer
 from tenfold.engine.config import EngineConfig
 from tenfold.engine.engine import Engine
@@ -101,7 +103,7 @@ class LLM:
         seed: int = 0,
     ) -> None:
         path = builtin_model() if model is None else fetch(model, revision=revision, progress=True)
-        self.tokenizer = Tokenizer.load(path if tokenizer is None else fetch(tokenizer))
+        self.tokenizer = Tokenizer.load(path if tokenizer is None else fetch(tokenizer, files=TOKENIZER_FILES))
         config = EngineConfig(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -115,7 +117,12 @@ class LLM:
             seed=seed,
         )
         self.engine = Engine.from_pretrained(path, config)
+        self._defaults: dict[str, Any] = dict(read_sampling_defaults(path))
         self._requests = 0
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's `generation_config.json` asks for; used where no params are given."""
+        return SamplingParams(**self._defaults)
 
     def generate(
         self,
@@ -128,14 +135,16 @@ class LLM:
 
         Args:
             prompts: strings or lists of token ids, or one of either.
-            params: for all, or one per prompt.
+            params: for all, or one per prompt; None takes the checkpoint's own defaults.
             use_tqdm: show a progress bar.
 
         Raises:
             RequestError: a prompt or its parameters cannot be served; nothing has been generated.
         """
         listed = _listed(prompts)
-        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(listed)
+        if params is None:
+            params = self.get_default_sampling_params()
+        each = list(params) if isinstance(params, Sequence) else [params] * len(listed)
         if len(each) != len(listed):
             raise RequestError(f"there are {len(listed)} prompts but {len(each)} sampling params.", param="params")
         return self._run(listed, each, use_tqdm, special_tokens=True)
@@ -152,7 +161,7 @@ class LLM:
 
         Args:
             messages: dicts with "role" and "content", or a list of such lists.
-            params: for all; without, the answer may be as long as the context allows.
+            params: for all; None takes the checkpoint's own defaults, and answers as long as the context allows.
             use_tqdm: show a progress bar.
             template_variables: passed on to the template.
 
@@ -162,8 +171,9 @@ class LLM:
         """
         several: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         prompts = [self.tokenizer.apply_chat_template(m, **template_variables) for m in several]
-        each = [params or SamplingParams(max_tokens=None)] * len(prompts)
-        return self._run(prompts, each, use_tqdm, special_tokens=False)
+        if params is None:
+            params = SamplingParams(**{"max_tokens": None, **self._defaults})
+        return self._run(prompts, [params] * len(prompts), use_tqdm, special_tokens=False)
 
     def _run(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], show: bool, *, special_tokens: bool
@@ -177,8 +187,9 @@ class LLM:
                 else:
                     ids = list(prompt)
                 request_id = str(self._requests)
+                job = _Job(request_id, prompt, ids, each, self.tokenizer)
                 self.engine.add(request_id, ids, each)
-                jobs[request_id] = _Job(request_id, prompt, ids, each, self.tokenizer)
+                jobs[request_id] = job
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with Progress(*columns, disable=not show) as progress:
                 self._step_until_done(jobs, progress, progress.add_task("generating", total=len(jobs)))

@@ -20,7 +20,8 @@ def hidden_states(params: Tree, model: Model, rows: Rows) -> Float[Array, "N L D
         o = packed_attention(q, k, v, jnp.asarray(rows.segment_ids), spec)
         return o.reshape(N * L, *o.shape[2:]), cache
 
-    hidden, _ = model.forward(params, rows.tokens.reshape(-1), rows.positions.reshape(-1), attend)
+    tokens, positions = jnp.asarray(rows.tokens), jnp.asarray(rows.positions)
+    hidden, _ = model.forward(params, tokens.reshape(-1), positions.reshape(-1), attend)
     return hidden.reshape(N, L, -1)
 
 

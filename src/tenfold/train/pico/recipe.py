@@ -126,7 +126,10 @@ def make(output: Path, *, seed: int = 0) -> Path:
     model = build_model()
 
     def save(params: Tree) -> None:
-        checkpoint.export(directory, model.params(), params, config=CONFIG, dtype=jnp.bfloat16)
+        generation = vocabulary.generation_config(tokenizer)
+        checkpoint.export(
+            directory, model.params(), params, config=CONFIG, dtype=jnp.bfloat16, generation_config=generation
+        )
 
     train(model, TRAINING, batches(tokenizer, seed), output, Recall(model, tokenizer, questions), save)
     plot_loss(output)

@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -76,10 +77,7 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json (with the chat template) and generation_config.json.
-
-    The generation configuration is greedy, and stops at the end of a message as well as at the end of a text.
-    """
+    """Write tokenizer.json and tokenizer_config.json, which holds the chat template."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -96,12 +94,16 @@ def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
         "pad_token": PAD,
         "tokenizer_class": "PreTrainedTokenizerFast",
     })  # fmt: skip
-    _write_json(directory / "generation_config.json", {
+
+
+def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What `generation_config.json` says: answers are greedy, and stop at the end of a message as well as of a text."""
+    return {
         "bos_token_id": token_id(tokenizer, BOS),
         "do_sample": False,
         "eos_token_id": [token_id(tokenizer, EOS), token_id(tokenizer, END)],
         "pad_token_id": token_id(tokenizer, PAD),
-    })  # fmt: skip
+    }
 
 
 def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:

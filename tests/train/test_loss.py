@@ -1,0 +1,83 @@
+"""The training loss against its formula, and against the model run one document at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tenfold.models.family import Model, resolve
+from tenfold.nn.param import initialize
+from tenfold.train.loss import hidden_states, next_token_loss
+from tenfold.train.packing import Rows, pack
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+
+
+def make_model() -> tuple[Model, dict]:
+    model = resolve(CONFIG)
+    weights = initialize(model.params(), jax.random.key(0), jnp.float32)
+    return model, jax.tree.map(lambda w: w * 10 if w.ndim > 1 else w, weights)
+
+
+def make_examples(seed: int) -> list[tuple[list[int], list[bool]]]:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 12, 7)
+    return [(rng.integers(0, 31, n).tolist(), (rng.random(n) < 0.7).tolist()) for n in lengths]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_the_loss_is_the_weighted_mean_over_documents() -> None:
+    model, params = make_model()
+    examples = make_examples(0)
+    total = weight = 0.0
+    for ids, mask in examples:
+        n = len(ids)
+        alone = Rows(np.asarray([ids]), np.ones((1, n), int), np.arange(n)[None], np.ones((1, n), np.float32))
+        logits = np.asarray(model.logits(params, hidden_states(params, model, alone)[0]))
+        scores = log_softmax(logits)
+        for i in range(1, n):
+            if mask[i]:
+                total -= scores[i - 1, ids[i]]
+                weight += 1
+    packed = pack(examples, 24, 0)
+    loss = jax.jit(next_token_loss, static_argnums=1)(params, model, packed)
+    np.testing.assert_allclose(float(loss), total / weight, rtol=1e-5)
+
+
+def test_a_document_does_not_see_its_neighbours_in_a_row() -> None:
+    model, params = make_model()
+    packed = pack(make_examples(1), 24, 0)
+    changed = packed._replace(tokens=np.where(packed.segment_ids == 1, 30 - packed.tokens, packed.tokens))
+    before, after = (np.asarray(hidden_states(params, model, rows)) for rows in (packed, changed))
+    others = packed.segment_ids > 1
+    np.testing.assert_array_equal(before[others], after[others])
+    assert np.abs(before - after)[packed.segment_ids == 1].max() > 1e-3
+
+
+def test_stacked_layers_have_the_same_loss_and_gradients() -> None:
+    model, params = make_model()
+    packed = pack(make_examples(2), 24, 0)
+    layers = params["layers"]
+    stacked = params | {"layers": {"scan": [jax.tree.map(lambda *ws: jnp.stack(ws), *layers)], "tail": []}}
+    gradient = jax.jit(jax.value_and_grad(next_token_loss), static_argnums=1)
+    loss, grads = gradient(params, model, packed)
+    loss_stacked, grads_stacked = gradient(stacked, model, packed)
+    np.testing.assert_allclose(float(loss), float(loss_stacked), rtol=1e-6)
+    for i, layer in enumerate(grads["layers"]):
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a, b[i], rtol=1e-3, atol=1e-6),
+            layer,
+            grads_stacked["layers"]["scan"][0],
+        )
