@@ -39,6 +39,6 @@ def half_billion(layers: int = 28) -> Path:
         config = HALF_BILLION | {"num_hidden_layers": layers}
         tree = resolve(config).params()
         weights = initialize(tree, jax.random.key(0), jnp.float32)
-        write_byte_tokenizer(directory)
         checkpoint.export(directory, tree, weights, config=config, dtype=jnp.float32)
+        write_byte_tokenizer(directory)
     return directory

@@ -35,9 +35,9 @@ class Worker:
             raise SystemExit("a benchmark's worker died; see its message above")
         return json.loads(line)
 
-    def seconds(self, streams: int, prompt: int, tokens: int) -> float:
+    def seconds(self, streams: int, prompt: int, tokens: int, vocabulary: int = 32_000) -> float:
         """Time to answer `streams` new prompts of `prompt` tokens with `tokens` each."""
-        prompts = [[random.randrange(2, 32_000) for _ in range(prompt)] for _ in range(streams)]
+        prompts = [[random.randrange(10, vocabulary) for _ in range(prompt)] for _ in range(streams)]
         assert self._process.stdin is not None
         print(json.dumps({"prompts": prompts, "tokens": tokens}), file=self._process.stdin, flush=True)
         return self._read()["seconds"]

@@ -11,6 +11,7 @@ import numpy as np
 
 from tenfold.base.errors import OverloadedError, RequestError
 from tenfold.base.paths import cache_dir
+from tenfold.engine.allocator import keep_freed_memory
 from tenfold.engine.compilations import count_compilations, keep_programs
 from tenfold.engine.config import EngineConfig
 from tenfold.engine.memory import CachePlan, free_memory, plan_cache
@@ -99,11 +100,13 @@ class Engine:
         hf = checkpoint.read_config(path)
         model = resolve(hf)
         device = jax.devices()[0]
+        if device.platform == "cpu":
+            keep_freed_memory()
         dtype = resolve_dtype(config.dtype, device.platform)
         plan = plan_cache(model, config, dtype, free_memory(device), device.platform)
         model = model.with_max_len(plan.max_model_len)
         params = checkpoint.load(path, model.params(), dtype)
-        return cls(model, params, config, plan, checkpoint.read_generation_config(path).eos_token_ids, report)
+        return cls(model, params, config, plan, checkpoint.read_eos_token_ids(path), report)
 
     # --- requests --------------------------------------------------------------------------------------------------
 

@@ -97,12 +97,13 @@ class Scheduler:
     def schedule(self) -> Plan | None:
         """The next step, or None if nothing can be computed now. Claims pages and advances `computed`.
 
-        Running sequences claim pages in the order of service, so that whoever gives way was to be served later; every
-        decode has its token of the budget set aside. Nothing is admitted into a step that is short of pages.
+        Running sequences claim pages in the order of service, so that whoever gives way was to be served later. Every
+        decode has its token of the budget set aside, and there is always one for the others. Nothing is admitted into a
+        step that is short of pages.
         """
         chunks: list[Chunk] = []
         decodes = {seq for seq in self.running if seq.known - seq.computed == 1 and not seq.exhausted}
-        budget = min(self.max_num_batched_tokens, max(len(decodes), self.prefill_budget(len(decodes))))
+        budget = min(self.max_num_batched_tokens, max(len(decodes) + 1, self.prefill_budget(len(decodes))))
         crowded = False
         for seq in sorted(self.running, key=lambda s: s.order):
             decodes.discard(seq)

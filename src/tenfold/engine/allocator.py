@@ -1,0 +1,24 @@
+"""Keeping freed memory in the process: on a CPU, XLA allocates a step's temporaries anew every time."""
+
+import ctypes
+import platform
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_KEPT_BYTES = 2_000_000_000
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to reuse large blocks instead of returning them to the system at once.
+
+    Blocks above 32 MiB are otherwise mapped and unmapped at every step, and each of their pages faults again: 16 greedy
+    rows of 128,256 logits took 18 ms to sample instead of 3.
+
+    Returns:
+        Whether there was a glibc to tell.
+    """
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _KEPT_BYTES))
+    return all(libc.mallopt(option, value) == 1 for option, value in settings)
