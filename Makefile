@@ -4,7 +4,7 @@
 #   make test     the tests, on two processes (ARGS="tests/engine -x" are passed on)
 #   make check    formatting, lint, layering, types, sizes, dependencies
 #   make parity   the same models in transformers on torch, compared live; installs torch into .venv-peers
-#   make bench    the benchmarks, against the same peers
+#   make bench    the benchmarks, against the same peers (BENCHMARKS="server" ARGS="--help" for one of them)
 #   make pico     train the built-in model anew, into runs/pico
 #   make fmt      format the code and fix what lint can fix
 #   make clean    remove caches and builds
@@ -13,6 +13,7 @@ BIN := .venv/bin
 PEERS := .venv-peers/bin
 INSTALLED := .venv/.installed
 PEERS_INSTALLED := .venv-peers/.installed
+BENCHMARKS := bandwidth cpu_generation server startup compile_time
 TORCH := torch==2.13.0
 TRANSFORMERS := transformers==5.23.0
 
@@ -40,7 +41,7 @@ parity: $(INSTALLED) $(PEERS_INSTALLED)
 	$(BIN)/python -m pytest -q -m parity tests/parity $(ARGS)
 
 bench: $(INSTALLED) $(PEERS_INSTALLED)
-	set -e; for script in bench/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+	@set -e; for name in $(BENCHMARKS); do echo "== bench/$$name.py"; $(BIN)/python "bench/$$name.py" $(ARGS); done
 
 pico: $(INSTALLED)
 	$(BIN)/tenfold train pico --output runs/pico $(ARGS)

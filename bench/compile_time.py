@@ -36,7 +36,7 @@ def lower(model: Model, tokens: int, rows: int, *, decode_only: bool) -> Any:
     caches = jax.eval_shape(
         lambda: [make_cache(PAGES, PAGE, s.num_kv_heads, s.head_dim, np.float32) for s in model.cache_specs()]
     )
-    step = partial(programs.forward, model=model, groups=(0,) * model.config.L, decode_only=decode_only)
+    step = partial(programs.forward, model=model, windows=(None,), decode_only=decode_only)
     history = ints((SLOTS + 1, LENGTH))
     return jax.jit(step, donate_argnums=1).lower(abstract(model.params(), jnp.float32), caches, history, batch)
 

@@ -10,7 +10,7 @@ QUESTIONS = ["What does os.path.join do?", "What does functools.lru_cache do?", 
 def main() -> None:
     """Ask each question in a conversation of its own, all at once."""
     questions = sys.argv[1:] or QUESTIONS
-    llm = LLM(max_model_len=256, cache_memory=2**26)
+    llm = LLM(max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64)  # fewer programs to compile
     conversations = [[{"role": "user", "content": question}] for question in questions]
     answers = llm.chat(conversations, SamplingParams(temperature=0.0, max_tokens=128))
     for question, answer in zip(questions, answers, strict=True):

@@ -101,7 +101,7 @@ def test_documented_make_targets_exist():
     named = {
         target
         for path in documents
-        for target in re.findall(r"\bmake ([a-z]+)[` \n]", path.read_text(encoding="utf-8"))
+        for target in re.findall(r"(?:^|`)make ([a-z]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert {"run", "test"} <= named
     assert named <= targets

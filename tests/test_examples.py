@@ -1,5 +1,6 @@
 """Every example runs as its first line says, and says something."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,16 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One compilation cache for all of them: they run the same programs."""
+    return os.environ | {"TENFOLD_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.mark.timeout(600)  # the first one compiles
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_runs(example):
-    done = subprocess.run([sys.executable, "-W", "error", example], capture_output=True, text=True, check=False)
+def test_runs(example, environment):
+    done = subprocess.run([sys.executable, "-W", "error", example], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_state: ClassVar[Server]
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 -- the base class names it
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
@@ -112,7 +112,9 @@ class HubHandler(Handler):
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             repo, rest = "/".join(parts[2:4]), parts[4:]
-            held = {name.removeprefix(f"/{repo}/"): body for name, body in files.items() if name.startswith(f"/{repo}/")}
+            held = {
+                name.removeprefix(f"/{repo}/"): body for name, body in files.items() if name.startswith(f"/{repo}/")
+            }
             if not held:
                 self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
             elif rest[-1] not in ("main", self.COMMIT):

@@ -1,6 +1,5 @@
 """Files and directories appear whole or not at all."""
 
-import os
 import stat
 from pathlib import Path
 
@@ -138,7 +137,7 @@ def test_the_advice_for_missing_weights_depends_on_the_files() -> None:
 
 def test_a_symlinked_file_is_replaced_not_followed(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("target")
-    os.symlink(tmp_path / "target", tmp_path / "link")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
     with atomic_write(tmp_path / "link") as file:
         file.write(b"new")
     assert (tmp_path / "target").read_text() == "target"

@@ -10,6 +10,7 @@ from huggingface_hub import constants
 
 from tenfold.base import storage
 from tenfold.base.errors import CheckpointError
+from tenfold.base.files import TOKENIZER_FILES
 from tests.base.servers import HubHandler, S3Handler, Server, serving
 
 FILES = {
@@ -233,6 +234,11 @@ def test_a_repository_of_pickles_is_refused(hub: Server) -> None:
     with pytest.raises(CheckpointError, match=r"weights as pytorch_model\.bin.*from_pretrained\('org/m'\)"):
         storage.fetch("org/m")
     assert hub.downloads() == []
+
+
+def test_a_repository_of_a_tokenizer_alone_is_enough_for_its_files(hub: Server) -> None:
+    hub.files = {"/org/m/tokenizer.json": b"[]", "/org/m/README.md": b"read"}
+    assert contents(storage.fetch("org/m", files=TOKENIZER_FILES)) == {"tokenizer.json": b"[]"}
 
 
 def test_an_impossible_id_is_named(hub: Server) -> None:

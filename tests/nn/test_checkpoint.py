@@ -18,7 +18,6 @@ from tenfold.base.errors import CheckpointError, ConfigError, UnsupportedModelEr
 from tenfold.nn import checkpoint
 from tenfold.nn import param as params
 from tenfold.nn import safetensors as ours
-from tenfold.nn.checkpoint import GenerationDefaults
 from tenfold.nn.param import Param, Tree, param
 from tenfold.nn.stack import stack_layers
 
@@ -289,32 +288,26 @@ def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
     [
-        (None, {}, GenerationDefaults()),
-        (None, {"eos_token_id": 2}, GenerationDefaults(eos_token_ids=(2,))),
-        ({"eos_token_id": [5, 6, 5]}, {"eos_token_id": 2}, GenerationDefaults(eos_token_ids=(5, 6))),
-        ({"temperature": 0.6}, {"eos_token_id": [2, 3]}, GenerationDefaults(eos_token_ids=(2, 3), temperature=0.6)),
-        (
-            {"do_sample": True, "top_k": 20, "top_p": 1, "min_p": None, "repetition_penalty": 1.1, "max_new_tokens": 9},
-            {},
-            GenerationDefaults(top_k=20, top_p=1.0, repetition_penalty=1.1, max_new_tokens=9),
-        ),
-        ({"do_sample": False, "temperature": 0.5}, {}, GenerationDefaults(temperature=0.5)),
+        (None, None, ()),
+        (None, {}, ()),
+        (None, {"eos_token_id": 2}, (2,)),
+        ({"eos_token_id": [5, 6, 5]}, {"eos_token_id": 2}, (5, 6)),
+        ({"eos_token_id": None}, {"eos_token_id": [2, 3]}, (2, 3)),
+        ({"temperature": 0.6}, {"eos_token_id": 0}, (0,)),
     ],
 )
-def test_generation_defaults(tmp_path: Path, generation: dict | None, config: dict, expected: object) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    if generation is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert checkpoint.read_generation_config(tmp_path) == expected
+def test_end_tokens(tmp_path: Path, generation: dict | None, config: dict | None, expected: tuple[int, ...]) -> None:
+    for name, content in (("generation_config.json", generation), ("config.json", config)):
+        if content is not None:
+            (tmp_path / name).write_text(json.dumps(content))
+    assert checkpoint.read_eos_token_ids(tmp_path) == expected
 
 
-@pytest.mark.parametrize(
-    "generation", [{"eos_token_id": "</s>"}, {"eos_token_id": [1, None]}, {"top_k": 1.5}, {"temperature": "hot"}]
-)
-def test_generation_defaults_of_the_wrong_type_are_named(tmp_path: Path, generation: dict) -> None:
-    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    with pytest.raises(ConfigError, match=f"{next(iter(generation))} must be"):
-        checkpoint.read_generation_config(tmp_path)
+@pytest.mark.parametrize("wrong", ["</s>", [1, None], 1.5, True])
+def test_end_tokens_of_the_wrong_type_are_named(tmp_path: Path, wrong: object) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    with pytest.raises(ConfigError, match="eos_token_id must be"):
+        checkpoint.read_eos_token_ids(tmp_path)
 
 
 # --- exporting ------------------------------------------------------------------------------------------------------
@@ -333,7 +326,7 @@ def test_an_export_holds_the_checkpoints_tensors(tmp_path: Path) -> None:
         np.testing.assert_array_equal(exported[name], tensor)
     config = checkpoint.read_config(out)
     assert config == CONFIG | {"dtype": "float32", "torch_dtype": "float32"}
-    assert checkpoint.read_generation_config(out).eos_token_ids == (1, 2)
+    assert checkpoint.read_eos_token_ids(out) == (1, 2)
     with safetensors.safe_open(out / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
 

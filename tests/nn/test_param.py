@@ -71,7 +71,9 @@ def test_abstract_is_what_initialize_makes() -> None:
 
 
 def test_initial_distributions() -> None:
-    made = params.initialize({"big": param((256, 256), "embed mlp", "w", scale=0.02), "layer": layer(0)}, KEY, "float32")
+    made = params.initialize(
+        {"big": param((256, 256), "embed mlp", "w", scale=0.02), "layer": layer(0)}, KEY, "float32"
+    )
     big = np.asarray(made["big"])
     n = math.sqrt(big.size)
     assert abs(big.mean()) < 5 * 0.02 / n
@@ -114,7 +116,9 @@ def test_shardings_follow_the_rules_and_shrink_what_a_device_holds() -> None:
     mesh = make_mesh({"tensor": 2})
     made = params.initialize(tree(2), KEY, "float32", params.shardings(tree(2), mesh))
     jax.tree.map(np.testing.assert_array_equal, made, params.initialize(tree(2), KEY, "float32"))
-    shards = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, made, is_leaf=lambda x: isinstance(x, jax.Array))
+    shards = jax.tree.map(
+        lambda x: x.addressable_shards[0].data.shape, made, is_leaf=lambda x: isinstance(x, jax.Array)
+    )
     assert shards["embed"] == (5, 6)
     assert shards["layers"][0] == {"q": (6, 1, 4), "gate": (6, 4), "up": (6, 4), "norm": (6,), "bias": (4,)}
 

@@ -34,7 +34,9 @@ def stored(dtype: str, seed: int = 0) -> np.ndarray:
     return values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize(("source", "dtype"), [("float32", "float32"), ("bfloat16", "float32"), ("float64", "bfloat16")])
+@pytest.mark.parametrize(
+    ("source", "dtype"), [("float32", "float32"), ("bfloat16", "float32"), ("float64", "bfloat16")]
+)
 def test_values_and_dtype(route: str, source: str, dtype: str) -> None:
     view = stored(source)
     released: list[int] = []

@@ -138,7 +138,7 @@ def assert_engine_agrees(golden: Golden, path: Path) -> None:
     for i, prompt in enumerate(golden.prompts):
         scored = 0 if i < len(golden.prompt_logprobs) else None
         greedy = SamplingParams(
-            temperature=0, max_tokens=len(golden.tokens[i]), ignore_eos=True, logprobs=0, prompt_logprobs=scored
+            temperature=0.0, max_tokens=len(golden.tokens[i]), ignore_eos=True, logprobs=0, prompt_logprobs=scored
         )
         engine.add(str(i), prompt, greedy)
         generated[str(i)] = []

@@ -115,7 +115,7 @@ async def test_engine_that_makes_no_progress_is_replaced(engine, caplog, script,
 
 async def test_slow_steps_are_not_stalls(engine):
     """A step may take eight times as long as the slowest of the warm-up."""
-    process = await engine(Script(step_s=1.5, longest_step_s=0.5), watchdog=Watchdog(stall_s=0.5))
+    process = await engine(Script(step_s=0.9, longest_step_s=0.25), watchdog=Watchdog(stall_s=0.4))
     outputs = await collect(process, "r", [1], SamplingParams(max_tokens=2))
     assert len(outputs) == 2
     assert process.restarts == 0
@@ -125,7 +125,7 @@ async def test_a_pause_of_the_server_itself_is_not_held_against_the_engine(engin
     process = await engine(Script(step_s=0.01), watchdog=QUICK)
     task = asyncio.create_task(collect(process, "r", [1], SamplingParams(max_tokens=100)))
     await until(lambda: process.stats.running == 1)
-    time.sleep(3.0)
+    time.sleep(1.5)  # nothing is read, nothing is checked
     assert len([token for output in await task for token in output.token_ids]) == 100
     assert process.restarts == 0
 
@@ -167,13 +167,14 @@ async def test_crash_loop_after_having_been_ready(engine, tmp_path, caplog):
         await collect(process, "r", [1], LONG)
 
 
-async def test_start_that_takes_too_long(engine, tmp_path):
-    starts = tmp_path / "starts"
-    watchdog = Watchdog(start_s=0.7, max_starts=1)
-    process = await engine(Script(load_s=600.0, starts=str(starts)), watchdog=watchdog, start=False)
+async def test_start_that_takes_too_long(engine):
+    process = await engine(Script(load_s=600.0), watchdog=Watchdog(start_s=0.7, max_starts=1), start=False)
+    starting = asyncio.create_task(process.start())
+    await until(lambda: process.pid is not None)
+    pid = process.pid
     with within(10.0), pytest.raises(EngineDeadError, match="not ready within 1 s"):
-        await process.start()
-    assert not is_alive(int(starts.read_text()))
+        await starting
+    assert not is_alive(pid)
 
 
 async def test_cancelled_start_leaves_no_process(engine, tmp_path):
@@ -238,7 +239,7 @@ def start_server() -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 async def test_no_worker_outlives_its_server(how):
     with start_server() as server:
         assert server.stdout is not None

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -121,3 +122,102 @@ async def test_dropping_forgets_what_waits():
     stream.put(output(0, 5))
     stream.drop()
     assert await stream.get() is None
+
+
+async def test_outputs_keep_their_distance_and_lose_nothing():
+    stream = OutputStream("mine", 1, 0.05)
+    loop = asyncio.get_running_loop()
+    taken: list[tuple[float, tuple[int, ...]]] = []
+
+    async def consume() -> None:
+        while (got := await stream.get()) is not None:
+            taken.append((loop.time(), got.token_ids))
+
+    consumer = asyncio.create_task(consume())
+    for token in range(40):
+        stream.put(output(0, token))
+        await asyncio.sleep(0.005)
+    stream.put(output(0, 40, finish=True))
+    await consumer
+    assert [token for _, tokens in taken for token in tokens] == list(range(41))
+    assert taken[0][1] == (0,)  # the first does not wait
+    gaps = [b - a for (a, _), (b, _) in pairwise(taken[:-1])]  # and neither does the last
+    assert min(gaps) > 0.045
+
+
+@pytest.mark.parametrize("error", [None, EngineDeadError("dead")])
+async def test_nothing_that_ends_a_stream_waits(error):
+    stream = OutputStream("mine", 2, 3600.0)
+    stream.put(output(0, 1))
+    assert (await stream.get()).token_ids == (1,)
+    stream.put(output(0, 2))
+    waiting = asyncio.create_task(stream.get())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    if error is None:
+        stream.put(output(1, 1, finish=True))
+        assert (await waiting).token_ids == (2,)
+        assert (await stream.get()).finish_reason == "length"
+    else:
+        stream.close(error)
+        assert (await waiting).token_ids == (2,)
+        with pytest.raises(EngineDeadError):
+            await stream.get()
+
+
+async def test_an_interval_merges_what_comes_within_it():
+    stream = OutputStream("mine", 1, 0.2)
+    began = asyncio.get_running_loop().time()
+    stream.put(output(0, 1))
+    first = await stream.get()  # does not wait
+    assert first is not None
+    assert first.token_ids == (1,)
+    for token in (2, 3, 4):
+        stream.put(output(0, token))
+    second = await stream.get()
+    assert second is not None
+    assert second.token_ids == (2, 3, 4)
+    assert asyncio.get_running_loop().time() - began >= 0.2
+
+
+async def test_an_end_does_not_wait_for_the_interval():
+    for end in ("finish", "error", "drop"):
+        stream = OutputStream("mine", 1, 600.0)
+        stream.put(output(0, 1))
+        await stream.get()
+        waiting = asyncio.create_task(stream.get())
+        await asyncio.sleep(0)
+        stream.put(output(0, 2))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        if end == "finish":
+            stream.put(output(0, 3, finish=True))
+            last = await waiting
+            assert last is not None
+            assert last.token_ids == (2, 3)
+        elif end == "error":
+            stream.close(EngineDeadError("gone"))
+            last = await waiting
+            assert last is not None
+            assert last.token_ids == (2,)
+            with pytest.raises(EngineDeadError):
+                await stream.get()
+        else:
+            stream.drop()
+            assert await waiting is None
+
+
+async def test_waiting_for_the_interval_survives_being_cancelled():
+    stream = OutputStream("mine", 1, 0.2)
+    stream.put(output(0, 1))
+    await stream.get()
+    stream.put(output(0, 2))
+    impatient = asyncio.create_task(stream.get())
+    await asyncio.sleep(0)
+    impatient.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await impatient
+    stream.put(output(0, 3))
+    taken = await stream.get()
+    assert taken is not None
+    assert taken.token_ids == (2, 3)

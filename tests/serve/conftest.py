@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import httpx2
+import psutil
 import pytest
 
 from tests.serve import letters
 
-START_S = 120.0
+START_S = 300.0
 SCRIPTED_SERVER = Path(__file__).with_name("scripted_server.py")
 
 
@@ -26,16 +27,19 @@ class ServerProcess:
 
     Attributes:
         url: without a path.
-        engine_pid: of its engine, where the server says so.
-        log: lines of its standard error so far.
+        output, log: lines of its standard output and error so far.
     """
 
     process: subprocess.Popen[str]
     url: str
-    engine_pid: int | None = None
     output: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     readers: list[threading.Thread] = field(default_factory=list)
+
+    @property
+    def engine_pid(self) -> int:
+        """Process id of the engine that runs now."""
+        return psutil.Process(self.process.pid).children()[0].pid
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx2.Response:
         """Send JSON; `content` and `headers` say otherwise."""
@@ -113,13 +117,12 @@ def start(command: list[str], ready: Callable[[str], bool]) -> ServerProcess:
 def start_scripted(directory: Path, settings: dict[str, dict[str, Any]]) -> ServerProcess:
     """A server over a scripted engine; see `scripted_server` for the settings."""
     server = start([sys.executable, str(SCRIPTED_SERVER), str(directory), json.dumps(settings)], lambda _: True)
-    url, engine_pid = server.output[0].split()
-    server.url, server.engine_pid = url, int(engine_pid)
+    server.url = server.output[0]
     return server
 
 
 def end(server: ServerProcess) -> None:
-    """Stop a server if it still runs."""
+    """Stop a server if it still runs. Its output ends with it: nothing that it started is left."""
     if server.process.poll() is None:
         server.process.terminate()
         try:
@@ -128,7 +131,8 @@ def end(server: ServerProcess) -> None:
             server.process.kill()
             server.process.wait()
     for reader in server.readers:
-        reader.join(10)
+        reader.join(30)
+        assert not reader.is_alive()
 
 
 @pytest.fixture(scope="session")

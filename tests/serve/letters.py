@@ -1,8 +1,8 @@
 """A vocabulary that makes a counting engine spell the alphabet, so that every expected text can be read off.
 
-The ids are five special tokens, A to Z, a to z, and then all other bytes. `tenfold.testing.scripted_engine` continues
-a prompt by counting its last id up: "abc" continues as "defg...", and a conversation, which ends with `<|assistant|>`, as
-"ABCD...".
+The ids are five special tokens, A to Z, a to z, and then all other bytes. `tenfold.testing.scripted_engine` continues a
+prompt by counting its last id up: "abc" goes on as "defg...", and a conversation, which ends with `<|assistant|>`, is
+answered "ABCD...".
 """
 
 import json

@@ -1,7 +1,7 @@
 """A server over a scripted engine: `python scripted_server.py TOKENIZER_DIR SETTINGS`.
 
-SETTINGS is JSON: `script`, `engine` and `server` hold fields of Script, EngineConfig and ServerConfig. Prints its address
-when it is ready.
+SETTINGS is JSON: `script`, `engine` and `server` hold fields of Script, EngineConfig and ServerConfig. The address is
+printed when the server is ready.
 """
 
 import json
@@ -30,7 +30,7 @@ def main(directory: Path, settings: dict[str, dict[str, object]]) -> None:
             lambda: ServerState(engine, Tokenizer.load(directory), config),
             http,
             listener,
-            lambda: print(url, engine.pid, flush=True),
+            lambda: print(url, flush=True),
         )
 
 

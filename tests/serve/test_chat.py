@@ -50,7 +50,7 @@ def test_other_name_of_the_model(server: ServerProcess):
 
 def test_lengths(server: ServerProcess):
     assert len(content(chat(server, max_completion_tokens=2, max_tokens=5))) == 2
-    # Without a limit an answer goes on to an end token: 257 tokens on from <|assistant|>, counting round the vocabulary.
+    # Without a limit an answer goes on to an end token, which is reached by counting round the vocabulary.
     answer = chat(server)
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] == 261 - 4 + 1

@@ -189,7 +189,7 @@ def test_stream_is_the_whole_in_pieces(server: ServerProcess):
 
 def test_stream_of_several(server: ServerProcess):
     events = server.events(URL, {"prompt": ["abc", "A"], "n": 2, "max_tokens": 3, "echo": True})
-    found = {index: "" for index in range(4)}
+    found = dict.fromkeys(range(4), "")
     for event in events:
         for choice in event["choices"]:
             found[choice["index"]] += choice["text"]
@@ -197,7 +197,7 @@ def test_stream_of_several(server: ServerProcess):
 
 
 def test_stream_with_logprobs_and_held_back_text(server: ServerProcess):
-    """"f" could begin the stop string "fh", so its text waits; its log-probability need not."""
+    """ "f" could begin the stop string "fh", so its text waits; its log-probability need not."""
     events = server.events(URL, {"prompt": "abc", "max_tokens": 3, "logprobs": 0, "stop": "fh", "echo": True})
     tokens = [token for event in events for token in (event["choices"][0]["logprobs"] or {"tokens": []})["tokens"]]
     assert tokens == ["<|bos|>", "a", "b", "c", "d", "e", "f"]

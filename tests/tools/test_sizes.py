@@ -43,7 +43,7 @@ def test_file_budget(root, capsys, folder, lines, status):
     path = root / "src" / "tenfold" / folder / "long.py"
     path.parent.mkdir()
     path.write_text("x = 1\n" * lines)
-    assert main(root) == status
+    assert main(root, {}) == status
     printed = capsys.readouterr()
     assert f"{folder:<12} {lines:>6}" in printed.out
     assert ("long.py: 501 lines, the budget is 500" in printed.err) == (status == 1)

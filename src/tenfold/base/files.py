@@ -11,9 +11,8 @@ from typing import IO
 
 from tenfold.base.errors import CheckpointError
 
-CHECKPOINT_FILES = (
+TOKENIZER_FILES = (
     "config.json",
-    "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -22,10 +21,11 @@ CHECKPOINT_FILES = (
     "tekken.json",
     "*.model",
     "*.jinja",
-    "*.safetensors",
-    "*.safetensors.index.json",
 )
-"""Shell patterns of what may be needed at the top level of a checkpoint. Nothing pickled, because that can run code."""
+"""Shell patterns of what a tokenizer and its chat template may need at the top level of a checkpoint."""
+
+CHECKPOINT_FILES = (*TOKENIZER_FILES, "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+"""All that a checkpoint may need. Nothing pickled, because that can run code."""
 
 SECOND_COPIES = ("consolidated*.safetensors",)
 """The same weights under other names, which Mistral's repositories carry as well."""

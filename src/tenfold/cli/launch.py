@@ -6,13 +6,13 @@ import shlex
 import socket
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from tenfold.base import paths
 from tenfold.base.builtin import BUILTIN_MODEL, builtin_model
+from tenfold.base.files import TOKENIZER_FILES
 from tenfold.base.storage import fetch
 from tenfold.data.generation_config import read_sampling_defaults
 from tenfold.data.tokenizer import Tokenizer
@@ -76,8 +76,8 @@ def serve_model(
         TenfoldError: an option is wrong, or the model cannot be served.
     """
     with listen(http) as listener:
-        path = _find(choice.model, choice.revision)
-        tokenizer_path = path if choice.tokenizer is None else _find(choice.tokenizer, None)
+        path = builtin_model() if choice.model is None else fetch(choice.model, revision=choice.revision, progress=True)
+        tokenizer_path = path if choice.tokenizer is None else fetch(choice.tokenizer, files=TOKENIZER_FILES)
         tokenizer = Tokenizer.load(tokenizer_path, chat_template=choice.chat_template)
         config = ServerConfig(
             model_names=choice.names or (choice.model or BUILTIN_MODEL,),
@@ -96,11 +96,6 @@ def serve_model(
                 print(_greeting(_base_url(http, listener), config, chat=chat), flush=True)
 
             serve(lambda: ServerState(engine, tokenizer, config), http, listener, announce)
-
-
-def _find(model: str | None, revision: str | None) -> Path:
-    """The model's directory, downloaded if need be."""
-    return builtin_model() if model is None else fetch(model, revision=revision, progress=True)
 
 
 class _StartProgress:

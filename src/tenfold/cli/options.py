@@ -28,7 +28,9 @@ class GenerationConfig(StrEnum):
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="A directory, a Hugging Face id, or a gs://, s3:// or file:// URI; if left out, pico, built in."),
+    typer.Argument(
+        help="A directory, a Hugging Face id, or a gs://, s3:// or file:// URI; if left out, pico, built in."
+    ),
 ]
 ServedModelName = Annotated[
     list[str] | None,

@@ -51,28 +51,27 @@ def forward(
     batch: StepBatch,
     *,
     model: Model,
-    groups: tuple[int, ...],
+    windows: tuple[int | None, ...],
     decode_only: bool,
 ) -> tuple[list[PagedCache], Float[Array, "T D"], Float[Array, "S D"]]:
     """Computes a step: writes its keys and values, and returns all hidden states and those of each row's last token.
 
-    `groups[layer]` is the layer's group; `decode_only`: every row has one token. The caches are meant to be donated.
+    `windows` are those of the layer groups; `decode_only`: every row has one token. The caches are meant to be donated.
     """
 
     def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, layer: tuple[PagedCache, int], spec: AttentionSpec
-    ) -> tuple[jax.Array, tuple[PagedCache, int]]:
-        cache, group = layer
+        q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedCache, spec: AttentionSpec
+    ) -> tuple[jax.Array, PagedCache]:
+        group = windows.index(spec.window)
         cache = write(cache, k, v, batch.pages[group], batch.offsets)
         ragged = RaggedBatch(
             batch.block_tables[group], batch.kv_lens, batch.query_starts, batch.num_decodes, batch.num_seqs
         )
-        return paged_attention(q, cache, ragged, spec, decode_only=decode_only), (cache, group)
+        return paged_attention(q, cache, ragged, spec, decode_only=decode_only), cache
 
     tokens = history[batch.slots, batch.positions]
-    layers = list(zip(caches, groups, strict=True))
-    hidden, layers = model.forward(params, tokens, batch.positions, attend, layers)
-    return [cache for cache, _ in layers], hidden, hidden[batch.last]
+    hidden, updated = model.forward(params, tokens, batch.positions, attend, caches)
+    return updated, hidden, hidden[batch.last]
 
 
 def sample(

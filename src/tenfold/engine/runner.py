@@ -62,14 +62,12 @@ class Runner:
         self.config, self.model, self._params = config, model, params
         self._max_len = max_len
         specs = model.cache_specs()
-        windows = [group.window for group in groups]
-        self._groups = tuple(windows.index(spec.window) for spec in specs)
-        self._num_groups = len(groups)
+        self._windows = tuple(group.window for group in groups)
+        pages = {group.window: group.num_pages for group in groups}
         self._blocks = -(-max_len // config.block_size)
         dtype = jax.tree.leaves(params)[0].dtype
         self._caches = [
-            make_cache(groups[g].num_pages, config.block_size, spec.num_kv_heads, spec.head_dim, dtype)
-            for spec, g in zip(specs, self._groups, strict=True)
+            make_cache(pages[spec.window], config.block_size, spec.num_kv_heads, spec.head_dim, dtype) for spec in specs
         ]
         self._history = jnp.zeros((config.max_num_seqs + 1, max_len), jnp.int32)
         self._decodes = token_buckets(1, config.max_num_seqs)
@@ -107,7 +105,7 @@ class Runner:
         hidden = jax.ShapeDtypeStruct((size, width), dtype)
         ints = jax.ShapeDtypeStruct((size,), jnp.int32)
         if name in ("decode", "mixed"):
-            step = partial(programs.forward, model=self.model, groups=self._groups, decode_only=name == "decode")
+            step = partial(programs.forward, model=self.model, windows=self._windows, decode_only=name == "decode")
             fn = jax.jit(step, donate_argnums=1)
             return fn.lower(params, abstract(self._caches), history, abstract(self._step_batch((), size)))
         if name == "sample":
@@ -132,7 +130,7 @@ class Runner:
                     self.step_seconds[kind, T] = timed[1] * T / timed[0]
                     continue
                 seconds: list[float] = []
-                for _ in range(3):
+                for _ in range(2):
                     start = time.perf_counter()
                     self._dispatch((), kind, T)[0].block_until_ready()
                     seconds.append(time.perf_counter() - start)
@@ -198,8 +196,8 @@ class Runner:
         S, B = bucket(min(T, self.config.max_num_seqs), self._rows), self.config.block_size
         slots = np.full(T, self.config.max_num_seqs, np.int32)
         positions = np.zeros(T, np.int32)
-        pages = np.zeros((self._num_groups, T), np.int32)
-        tables = np.zeros((self._num_groups, S, self._blocks), np.int32)
+        pages = np.zeros((len(self._windows), T), np.int32)
+        tables = np.zeros((len(self._windows), S, self._blocks), np.int32)
         kv_lens = np.zeros(S, np.int32)
         starts = np.zeros(S + 1, np.int32)
         at = 0

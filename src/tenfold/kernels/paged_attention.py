@@ -9,6 +9,7 @@ Dims: T packed tokens, S sequences, H query heads, J key-value heads, G = H / J,
 page, N pages of the longest sequence, C pages of a chunk.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -71,9 +72,14 @@ def write(
     pages: Int[Array, " T"],
     offsets: Int[Array, " T"],
 ) -> PagedCache:
-    """Stores each token's key and value at (page, offset); in place when the cache is donated."""
+    """Stores each token's key and value at (page, offset); in place when the cache is donated.
+
+    Values are made finite: a page that is given to another sequence is read before it is full, and its old values are
+    multiplied by 0, which must give 0.
+    """
+    v = jnp.nan_to_num(v.astype(cache.v.dtype))
     k_pages = cache.k.at[pages, :, :, offsets].set(k.astype(cache.k.dtype), mode="promise_in_bounds")
-    v_pages = cache.v.at[pages, :, offsets, :].set(v.astype(cache.v.dtype), mode="promise_in_bounds")
+    v_pages = cache.v.at[pages, :, offsets, :].set(v, mode="promise_in_bounds")
     return PagedCache(k_pages, v_pages)
 
 
@@ -164,6 +170,7 @@ def _prefill_blocks(
     return jax.lax.fori_loop(0, ends[-1], block, out)
 
 
+@partial(jax.jit, static_argnames=("spec", "pages"))  # traced once for all the layers that call it alike
 def _attend(
     q: Float[Array, "R Q H K"],
     cache: PagedCache,

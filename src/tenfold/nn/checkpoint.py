@@ -50,58 +50,21 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationDefaults:
-    """How a checkpoint wants to be sampled where a request does not say; None leaves it to the server.
+def read_eos_token_ids(path: Path) -> tuple[int, ...]:
+    """The tokens that end a sequence: those of `generation_config.json`, or if it names none, of `config.json`.
 
-    As with vLLM's `--generation-config auto`, the values are taken as written: `do_sample` is not one of them.
-
-    Attributes:
-        eos_token_ids: each ends a sequence.
-        max_new_tokens: bounds the tokens that one request generates.
-        temperature, top_k, top_p, min_p, repetition_penalty: as in sampling parameters.
+    Raises:
+        ConfigError: if `eos_token_id` is neither an integer nor a list of them.
+        CheckpointError: if a file is not a JSON object.
     """
-
-    eos_token_ids: tuple[int, ...] = ()
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-
-
-def read_generation_config(path: Path) -> GenerationDefaults:
-    """The defaults of a checkpoint: of `generation_config.json`, and where it names no end token, of `config.json`.
-
-    Raises ConfigError for a value of the wrong type, CheckpointError for a file that is not a JSON object.
-    """
-    file = path / "generation_config.json"
-    generation = _read_json(file) if file.exists() else {}
-    eos = generation.get("eos_token_id")
-    if eos is None and (path / "config.json").exists():
-        eos = _read_json(path / "config.json").get("eos_token_id")
-    eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(type(token) is int for token in eos_ids):
-        raise ConfigError(f"{path}: eos_token_id must be an integer or a list of integers, not {eos!r}")
-
-    def number(key: str, kind: type) -> Any:
-        value = generation.get(key)
-        if value is None:
-            return None
-        if type(value) not in (int, kind):
-            raise ConfigError(f"{file}: {key} must be {'an integer' if kind is int else 'a number'}, not {value!r}")
-        return kind(value)
-
-    return GenerationDefaults(
-        eos_token_ids=tuple(dict.fromkeys(eos_ids)),
-        max_new_tokens=number("max_new_tokens", int),
-        temperature=number("temperature", float),
-        top_k=number("top_k", int),
-        top_p=number("top_p", float),
-        min_p=number("min_p", float),
-        repetition_penalty=number("repetition_penalty", float),
-    )
+    for name in ("generation_config.json", "config.json"):
+        given = _read_json(path / name).get("eos_token_id") if (path / name).exists() else None
+        if given is not None:
+            ids = given if isinstance(given, list) else [given]
+            if not all(type(token) is int for token in ids):
+                raise ConfigError(f"{path / name}: eos_token_id must be an integer or a list of them, not {given!r}")
+            return tuple(dict.fromkeys(ids))
+    return ()
 
 
 def _read_json(file: Path) -> dict[str, Any]:

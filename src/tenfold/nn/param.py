@@ -152,21 +152,29 @@ def initialize(tree: Tree, key: jax.Array, dtype: DTypeLike, shardings: Tree = N
     for p, sharding in zip(params, targets, strict=True):
         ids = [zlib.crc32(f"{source.name}{source.rows or ''}".encode()) for source in p.sources]
         draw = _draw_program(p.layer_shape, p.stacked, p.init, p.scale, jnp.dtype(dtype), sharding)
-        arrays.append(draw(key, np.asarray(ids, np.uint32)))
+        arrays.append(draw(_layer_keys(key, np.asarray(ids, np.uint32))))
     return treedef.unflatten(arrays)
+
+
+@jax.jit
+def _layer_keys(key: jax.Array, ids: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)
 
 
 @functools.cache
 def _draw_program(
     layer_shape: tuple[int, ...], stacked: bool, init: Initializer, scale: float, dtype: np.dtype, sharding: Any
-) -> Callable[[jax.Array, np.ndarray], jax.Array]:
+) -> Callable[[jax.Array], jax.Array]:
+    # The numbers are the same either way. Flat ones compile many times faster; shaped ones are made where they belong.
+    drawn_shape = (math.prod(layer_shape),) if sharding is None else layer_shape
+
     def draw_layer(layer_key: jax.Array) -> jax.Array:
         if init == "normal":
-            return (scale * jax.random.normal(layer_key, layer_shape, jnp.float32)).astype(dtype)
+            normal = jax.random.normal(layer_key, drawn_shape, jnp.float32)
+            return (scale * normal).astype(dtype).reshape(layer_shape)
         return jnp.full(layer_shape, 1 if init == "ones" else 0, dtype)
 
-    def draw(key: jax.Array, ids: jax.Array) -> jax.Array:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)
+    def draw(keys: jax.Array) -> jax.Array:
         return jax.lax.map(draw_layer, keys) if stacked else draw_layer(keys[0])
 
     return jax.jit(draw, out_shardings=sharding)

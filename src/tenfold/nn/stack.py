@@ -49,9 +49,10 @@ def run_layers(
         if caches is not None:
             raise ValueError("stacked layers hold no cache: serve with unstacked ones")
         return _scan_layers(block, layers, kinds, x), [None] * len(kinds)
+    traced = jax.jit(block, static_argnums=2)  # once for all layers of a kind; XLA inlines it again
     updated: list[Any] = []
     for i, params in enumerate(layers):
-        x, cache = block(x, params, kinds[i], None if caches is None else caches[i])
+        x, cache = traced(x, params, kinds[i], None if caches is None else caches[i])
         updated.append(cache)
     return x, updated
 

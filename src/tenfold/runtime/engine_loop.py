@@ -195,9 +195,8 @@ def run_worker(connection: socket.socket, load: Callable[[Launch, Callable[[int,
     launch = commands.get()
     if not isinstance(launch, Launch):
         return 0
-    logging.basicConfig(
-        level=launch.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("tenfold").setLevel(launch.log_level)
     try:
         engine = load(launch, lambda done, total: connection.sendall(encode(Starting(done, total))))
     except TenfoldError as error:

@@ -79,7 +79,7 @@ class EngineProcess:
         state: "starting" until first ready; "restarting" between workers; "draining" in `stop`; "stopped" before
             `start`, after `stop`, and when restarting has been given up, which `failure` then explains.
         info: what the engine serves, once it has been ready.
-        stats: the engine's latest figures, at most half a second old while it runs; totals begin anew with a worker.
+        stats: the engine's latest figures, at most half a second old while it runs. All begin at 0 with every worker.
         restarts: workers that were replaced.
         failure: why there is no engine and will be none, or None.
     """
@@ -171,6 +171,7 @@ class EngineProcess:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        interval_s: float = 0.0,
     ) -> AsyncGenerator[EngineOutput, None]:
         """The outputs of one request, until all its completions have finished or `abort` ends it.
 
@@ -180,13 +181,15 @@ class EngineProcess:
         Args:
             request_id: unique among the requests in flight; stands in the outputs.
             prompt_token_ids, params, priority, cache_salt: as `Engine.add` takes them.
+            interval_s: shortest time between two outputs; see `OutputStream`.
 
         Raises:
             RequestError: the request cannot be served as it is.
             OverloadedError: too many requests wait already.
             EngineDeadError: there is no engine, or it failed before the request had finished.
         """
-        worker_id, stream = self._admit(request_id, prompt_token_ids, params, priority, cache_salt)
+        stream = OutputStream(request_id, params.n, interval_s)
+        worker_id = self._admit(stream, prompt_token_ids, params, priority, cache_salt)
         try:
             while (output := await stream.get()) is not None:
                 yield output
@@ -202,14 +205,15 @@ class EngineProcess:
     # --- requests --------------------------------------------------------------------------------------------------
 
     def _admit(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, priority: int, cache_salt: str | None
-    ) -> tuple[str, OutputStream]:
+        self, stream: OutputStream, prompt: Sequence[int], params: SamplingParams, priority: int, cache_salt: str | None
+    ) -> str:
+        """Sends a request to the worker and returns the id that the worker knows it by."""
         worker = self._worker
         if self.state != "ready" or worker is None:
             now = "gone" if self.failure else self.state
             raise EngineDeadError(f"The engine is {now} and takes no requests. Send this one again later.")
-        if request_id in self._worker_ids:
-            raise RequestError(f"The request id {request_id!r} is in use.", param="request_id")
+        if stream.request_id in self._worker_ids:
+            raise RequestError(f"The request id {stream.request_id!r} is in use.", param="request_id")
         room = self._config.max_waiting + self._config.max_num_seqs
         if len(self._streams) >= room or worker.unsent_bytes > MAX_UNSENT_BYTES:
             raise OverloadedError(f"{len(self._streams)} requests wait already. Try again later.", retry_after_s=1.0)
@@ -221,9 +225,9 @@ class EngineProcess:
         if not self._streams:
             self._progress_at = time.monotonic()
             self._idle.clear()
-        stream = self._streams[worker_id] = OutputStream(request_id, params.n)
-        self._worker_ids[request_id] = worker_id
-        return worker_id, stream
+        self._streams[worker_id] = stream
+        self._worker_ids[stream.request_id] = worker_id
+        return worker_id
 
     def _forget(self, worker_id: str) -> OutputStream | None:
         """Takes a request off the books of what the worker is at."""
@@ -281,6 +285,10 @@ class EngineProcess:
         if error is None:
             return
         self.state, self.failure = "stopped", str(error)
+        if self._worker is not None:
+            self._end_requests("The engine failed with this request in flight. Send the request again later.")
+            await self._worker.kill()
+            self._worker = None
         if started.done():
             logger.error("%s No more starts are tried.", error)
         else:
@@ -325,7 +333,7 @@ class EngineProcess:
         if complaint:
             await worker.log_stacks()
         await worker.kill()
-        self._worker = None
+        self._worker, self.stats = None, EngineStats()
         if info is None:
             return _Life(reason=reason, refusal=_refusal(worker.fatal))
         return _Life(reason=reason, served_s=time.monotonic() - ready_at)

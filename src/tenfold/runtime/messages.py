@@ -24,7 +24,7 @@ class Launch(msgspec.Struct, frozen=True, array_like=True, tag="launch"):
 
     Attributes:
         model_path, config: as `Engine.from_pretrained` takes them.
-        log_level: of the worker's log, which goes to standard error.
+        log_level: of what tenfold logs there, to standard error.
     """
 
     model_path: str

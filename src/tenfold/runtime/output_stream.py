@@ -19,14 +19,19 @@ class OutputStream:
     Args:
         request_id: the consumer's name for the request; it stands in the outputs taken.
         n: completions that will come.
+        interval_s: shortest time from one output to the next; what comes sooner is merged, so that a fast engine does
+            not cost its consumer a wake-up per token. The first output and the end of a completion do not wait.
     """
 
-    def __init__(self, request_id: str, n: int) -> None:
+    def __init__(self, request_id: str, n: int, interval_s: float = 0.0) -> None:
         self.request_id = request_id
         self._unfinished = n
         self._pending: dict[int, list[EngineOutput]] = {}
         self._error: TenfoldError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._interval_s = interval_s
+        self._loop = asyncio.get_running_loop()
+        self._due = 0.0  # on the loop's clock: when the next output may be taken
 
     def put(self, output: EngineOutput) -> bool:
         """Adds what one step produced for one completion; True when this was the last output of the last completion."""
@@ -36,13 +41,16 @@ class OutputStream:
             pending[:] = [merge_outputs(pending)]
         if output.finish_reason is not None:
             self._unfinished -= 1
-        self._wake()
+            self._due = 0.0
+        if not self._due or self._loop.time() >= self._due:
+            self._wake()
         return self._unfinished == 0
 
     def close(self, error: TenfoldError | None = None) -> None:
         """Says that nothing more will come. The consumer still gets what is pending, then the error if there is one."""
         self._unfinished = 0
         self._error = error
+        self._due = 0.0
         self._wake()
 
     def drop(self) -> None:
@@ -56,18 +64,29 @@ class OutputStream:
         Raises:
             TenfoldError: what `close` was given, once nothing is pending.
         """
-        while not self._pending:
-            if self._error is not None:
-                raise self._error
-            if self._unfinished == 0:
-                return None
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+        while not self._pending or (self._due and self._loop.time() < self._due):
+            if not self._pending:
+                if self._error is not None:
+                    raise self._error
+                if self._unfinished == 0:
+                    return None
+            await self._wait()
         pending = self._pending.pop(next(iter(self._pending)))
+        if self._interval_s and self._unfinished and not self._pending:
+            self._due = self._loop.time() + self._interval_s
         return EngineOutput(self.request_id, *merge_outputs(pending)[1:])
+
+    async def _wait(self) -> None:
+        """Returns when there may be something to take: something has come, or what has come is due."""
+        self._waiter = self._loop.create_future()
+        early = self._due and self._loop.time() < self._due
+        timer = self._loop.call_at(self._due, self._wake) if early else None
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

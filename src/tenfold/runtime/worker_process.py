@@ -140,8 +140,8 @@ class WorkerProcess(asyncio.Protocol):
 
     # --- asyncio.Protocol ------------------------------------------------------------------------------------------
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.WriteTransport", transport)  # uvloop's share no base class with asyncio's
+    def connection_made(self, transport: object) -> None:  # uvloop's share no base class with asyncio's
+        self._transport = cast("asyncio.WriteTransport", transport)
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = time.monotonic()

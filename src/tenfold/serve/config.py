@@ -18,6 +18,8 @@ class ServerConfig:
         max_request_bytes: longest request body.
         max_pending: requests that may be in the server at once, in the engine's queue or before it; more are refused.
         shutdown_timeout_s: how long requests in flight may take to finish once the server is asked to stop.
+        output_interval_s: shortest time between two events of a stream, the first and the last excepted. Tokens that a
+            fast engine makes in between share one: a write per token would cost more than making the token.
     """
 
     model_names: tuple[str, ...]
@@ -26,6 +28,7 @@ class ServerConfig:
     max_request_bytes: int = 16 * 2**20
     max_pending: int = 1056
     shutdown_timeout_s: float = 30.0
+    output_interval_s: float = 0.02
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
@@ -35,5 +38,6 @@ class ServerConfig:
         for name in ("max_request_bytes", "max_pending"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; it is {getattr(self, name)}.")
-        if self.shutdown_timeout_s < 0:
-            raise ConfigError(f"the shutdown timeout must not be negative; it is {self.shutdown_timeout_s}.")
+        for name in ("shutdown_timeout_s", "output_interval_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative; it is {getattr(self, name)}.")

@@ -88,7 +88,12 @@ async def _run_prompt(state: ServerState, job: Job, prompt: int, emit: Emit) -> 
     unfinished = set(range(job.params.n))
     request_id = f"{job.request_id}-{prompt}"
     outputs = state.engine.generate(
-        request_id, job.prompts[prompt], job.params, priority=job.priority, cache_salt=job.cache_salt
+        request_id,
+        job.prompts[prompt],
+        job.params,
+        priority=job.priority,
+        cache_salt=job.cache_salt,
+        interval_s=state.config.output_interval_s,
     )
     reason = "abort"
     try:

@@ -1,0 +1,105 @@
+"""Engines that are compiled once for all tests of a process."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from tenfold.engine.compilations import keep_programs
+from tenfold.engine.config import EngineConfig
+from tenfold.engine.engine import Engine
+from tenfold.engine.memory import plan_cache
+from tenfold.kernels.paged_attention import page_bytes
+from tests.engine.oracle import EOS, MAX_LEN, tiny_model
+
+ENGINES = {
+    # name: (model, longest sequences that the cache holds, sizes)
+    "full": ("full", 1.4, EngineConfig(max_num_seqs=4, max_num_batched_tokens=32, block_size=4, max_waiting=64)),
+    "alternating": ("alternating", 1.3, EngineConfig(max_num_seqs=4, max_num_batched_tokens=24, block_size=4)),
+    "sliding": ("sliding", 1.2, EngineConfig(max_num_seqs=4, max_num_batched_tokens=16, block_size=8)),
+    # a budget below the smallest bucket, three rows, pages that do not divide the longest sequence, no prefix cache
+    "odd": (
+        "full",
+        8.0,
+        EngineConfig(
+            max_num_seqs=3, max_num_batched_tokens=10, block_size=16, max_model_len=50, enable_prefix_caching=False
+        ),
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiled programs outlive the session, so that the next one starts fast."""
+    assert request.config.cache is not None
+    keep_programs(request.config.cache.mkdir("xla"))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+def make_engine(name: str) -> Engine:
+    """One of `ENGINES`; its cache holds so many sequences of the greatest length."""
+    model_name, sequences, config = ENGINES[name]
+    tiny = tiny_model(model_name)
+    specs = tiny.model.cache_specs()
+    longest = config.max_model_len or MAX_LEN
+    blocks = -(-longest // config.block_size)
+    each = sum(page_bytes(config.block_size, spec.num_kv_heads, spec.head_dim, jnp.float32) for spec in specs)
+    budget = EngineConfig(**vars(config) | {"cache_memory": int(each * (1 + blocks * sequences))})
+    plan = plan_cache(tiny.model, budget, jnp.float32, 2**30, "cpu")
+    return Engine(tiny.model, tiny.params, budget, plan, EOS)
+
+
+@pytest.fixture(scope="session")
+def engines(programs: None) -> Iterator[Callable[[str], Engine]]:
+    """Makes an engine on first use; idle ones are checked for leaks in the end."""
+    made: dict[str, Engine] = {}
+
+    def get(name: str) -> Engine:
+        if name not in made:
+            made[name] = make_engine(name)
+        return made[name]
+
+    yield get
+    for engine in made.values():
+        engine.close()
+
+
+@pytest.fixture(params=list(ENGINES))
+def any_engine(request: pytest.FixtureRequest, engines: Callable[[str], Engine]) -> Iterator[Engine]:
+    """Every kind of engine, idle before and after."""
+    yield from _idle(engines(request.param))
+
+
+@pytest.fixture
+def engine(engines: Callable[[str], Engine]) -> Iterator[Engine]:
+    """An engine with full attention and prefix caching, idle before and after."""
+    yield from _idle(engines("full"))
+
+
+@pytest.fixture
+def odd_engine(engines: Callable[[str], Engine]) -> Iterator[Engine]:
+    yield from _idle(engines("odd"))
+
+
+@pytest.fixture
+def sliding_engine(engines: Callable[[str], Engine]) -> Iterator[Engine]:
+    yield from _idle(engines("sliding"))
+
+
+def _idle(engine: Engine) -> Iterator[Engine]:
+    check_idle(engine)
+    yield engine
+    check_idle(engine)
+
+
+def check_idle(engine: Engine) -> None:
+    """Nothing is left: no work, no pages in use."""
+    while engine.has_work:
+        engine.step()
+    engine.check_integrity()
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)

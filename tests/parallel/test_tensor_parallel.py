@@ -1,0 +1,78 @@
+"""A model that lies on four devices computes what it computes on one, and each holds its share."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tenfold.kernels.attention import AttentionSpec, packed_attention
+from tenfold.models.family import resolve
+from tenfold.nn import checkpoint
+from tenfold.nn import param as params
+from tenfold.nn.param import Tree
+from tenfold.parallel.sharding import make_mesh
+
+HF = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 52,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,  # which four devices cannot split
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+}
+MODEL = resolve(HF)
+TOKENS = jnp.asarray([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, spec: AttentionSpec) -> tuple[jax.Array, Any]:
+    return packed_attention(q[None], k[None], v[None], jnp.zeros((1, len(q)), jnp.int32), spec)[0], cache
+
+
+@jax.jit
+def run(weights: Tree) -> tuple[jax.Array, jax.Array]:
+    x, _ = MODEL.forward(weights, TOKENS, jnp.arange(len(TOKENS)), attend)
+    return x, MODEL.logits(weights, x)
+
+
+def bytes_per_device(weights: Tree) -> dict[jax.Device, int]:
+    held = dict.fromkeys(jax.devices(), 0)
+    for array in jax.tree.leaves(weights):
+        for shard in array.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return held
+
+
+def assert_same_model(sharded: Tree, single: Tree, mesh_shape: dict[str, int]) -> None:
+    """The same weights, hidden states and logits; and on every device as many bytes as the default rules say."""
+    jax.tree.map(np.testing.assert_array_equal, sharded, single)
+    for ours, expected in zip(run(sharded), run(single), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0)
+    mesh_axes = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+    expected_bytes = 0
+    for _, p in params.leaves(MODEL.params()):
+        ways = [mesh_shape.get(mesh_axes.get(axis, ""), 1) for axis in p.axes.split()]
+        expected_bytes += 4 * math.prod(n // w if n % w == 0 else n for n, w in zip(p.shape, ways, strict=True))
+    assert set(bytes_per_device(sharded).values()) == {expected_bytes}
+    assert expected_bytes < params.nbytes(MODEL.params(), "float32") / 3
+
+
+def test_a_checkpoint_loads_onto_a_mesh(tmp_path: Path) -> None:
+    tree, rng = MODEL.params(), np.random.default_rng(0)
+    single = params.map_params(lambda p: jax.device_put(rng.normal(0, 0.1, p.shape).astype(np.float32)), tree)
+    checkpoint.export(tmp_path, tree, single, config=HF, dtype="float32", max_shard_bytes=5000)
+    shardings = params.shardings(tree, make_mesh({"tensor": 4}))
+    assert_same_model(checkpoint.load(tmp_path, tree, "float32", shardings=shardings), single, {"tensor": 4})
+
+
+def test_random_weights_are_made_on_a_mesh() -> None:
+    tree, mesh_shape = MODEL.params(), {"fsdp": 2, "tensor": 2}
+    shardings = params.shardings(tree, make_mesh(mesh_shape))
+    sharded = params.initialize(tree, jax.random.key(0), "float32", shardings)
+    assert_same_model(sharded, params.initialize(tree, jax.random.key(0), "float32"), mesh_shape)
