@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
-import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from tenfold.engine.compilations import keep_programs
 from tenfold.engine.config import EngineConfig
@@ -31,13 +29,9 @@ ENGINES = {
 
 
 @pytest.fixture(scope="session")
-def programs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiled programs outlive the session, so that the next one starts fast."""
-    assert request.config.cache is not None
-    keep_programs(request.config.cache.mkdir("xla"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+def programs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Engines share what they compile alike; with JAX_COMPILATION_CACHE_DIR set, sessions do too."""
+    keep_programs(tmp_path_factory.mktemp("programs"))
 
 
 def make_engine(name: str) -> Engine:

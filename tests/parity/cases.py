@@ -111,7 +111,9 @@ CASES = (
             *LLAMA,
             num_attention_heads=3,
             num_key_value_heads=1,
-            rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=16.0),
+            rope_parameters=_rope(
+                "yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=2.0, beta_slow=0.25
+            ),
         ),
     ),
     Case(

@@ -28,7 +28,7 @@ def test_answers_are_as_documented(small: ServerProcess, tmp_path: Path):
         str(Path(sys.executable).with_name("schemathesis")),
         *("run", f"{small.url}/openapi.json", "--header", "Authorization: Bearer secret", "--no-color"),
         *("--checks", "all", "--exclude-checks", "positive_data_acceptance"),
-        *("--max-examples", "25", "--seed", "1", "--generation-database", "none"),
+        *("--max-examples", "10", "--seed", "1", "--generation-database", "none"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
