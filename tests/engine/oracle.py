@@ -106,10 +106,10 @@ def adjust(logits: np.ndarray, tokens: Sequence[int], prompt_length: int, p: Sam
     return logits - p.frequency_penalty * output - p.presence_penalty * (output > 0)
 
 
-def greedy(tiny: TinyModel, prompt: Sequence[int], p: SamplingParams) -> list[int]:
-    """The output tokens of a greedy request, one whole forward pass for each."""
+def greedy(tiny: TinyModel, prompt: Sequence[int], p: SamplingParams, longest: int = MAX_LEN) -> list[int]:
+    """The output tokens of a greedy request, one whole forward pass for each; with the prompt at most `longest`."""
     tokens = list(prompt)
-    room = MAX_LEN - len(prompt)
+    room = longest - len(prompt)
     for n in range(1, min(p.max_tokens or room, room) + 1):
         tokens.append(int(adjust(tiny.logits(tokens)[-1], tokens, len(prompt), p).argmax()))
         ends = tokens[-1] in p.stop_token_ids or (tokens[-1] in EOS and not p.ignore_eos)

@@ -19,6 +19,9 @@ from tests.engine.oracle import EOS, VOCABULARY, TinyModel, greedy, log_softmax,
 PROMPT = [5, 71, 40, 2, 93, 18, 33, 60, 7, 7, 81, 25, 46, 90, 12, 55, 30, 68, 1, 77]
 FREE = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 
+# beartype picks at random which element of a tuple it checks, also in what strategies build
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
+
 
 @dataclass
 class Completion:
@@ -124,13 +127,15 @@ def sampling(draw: st.DrawFn) -> SamplingParams:
     )
 
 
+OPENINGS = [[(i * i * step + 3 * i) % VOCABULARY for i in range(45)] for step in (1, 2, 5)]
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> Request:
     """Prompts begin alike, so that they share pages, and end anywhere, at the end of a page too."""
-    random = np.random.default_rng(draw(st.integers(0, 2)))
-    start = random.integers(0, VOCABULARY, 45)[: draw(st.sampled_from([0, 8, 16, 17, 30, 32, 45]))]
+    start = draw(st.sampled_from(OPENINGS))[: draw(st.sampled_from([0, 8, 16, 17, 30, 32, 45]))]
     return Request(
-        prompt=(*start.tolist(), *draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4))),
+        prompt=(*start, *draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4))),
         params=draw(sampling()),
         arrives=draw(st.integers(0, 8)),
         priority=draw(st.sampled_from([0, 0, 0, -1, 1])),
@@ -180,10 +185,9 @@ class Invariant:
                 assert_same_logprobs(part.logprobs, whole.logprobs)
                 assert_same_logprobs(part.prompt_logprobs or (), whole.prompt_logprobs or ())
             if request.params.temperature == 0 or request.params.top_k == 1:
-                room = self.engine.info.max_model_len - len(request.prompt)
-                params = replace(request.params, max_tokens=min(request.params.max_tokens or room, room), min_tokens=0)
-                object.__setattr__(params, "min_tokens", request.params.min_tokens)  # it may be more than the room
-                assert [whole.tokens for whole in alone] == [greedy(self.tiny, request.prompt, params)] * params.n
+                longest = self.engine.info.max_model_len
+                expected = greedy(self.tiny, request.prompt, request.params, longest)
+                assert [whole.tokens for whole in alone] == [expected] * request.params.n
 
 
 def check_invariant(name: str, engine: Engine, examples: int, most: int) -> None:
@@ -198,8 +202,9 @@ def check_invariant(name: str, engine: Engine, examples: int, most: int) -> None
     workloads()
     after = engine.stats()
     assert after.compilations == before.compilations
-    if name != "odd":  # whose cache holds all that runs
+    if name in ("full", "alternating"):  # the caches of the others hold all that runs
         assert after.preemptions > before.preemptions
+    if name != "odd":  # which keeps no prefixes
         assert after.prefix_hits > before.prefix_hits
 
 
@@ -234,7 +239,7 @@ def test_nothing_compiles_over_every_bucket(name: str, engines: Callable[[str], 
             for scored in (None, 1):
                 params = replace(FREE, temperature=0.8, logprobs=scored, prompt_logprobs=scored, max_tokens=6)
                 for i in range(count):
-                    engine.add(str(i), PROMPT[i:3] + PROMPT[:1] * (length - 3), params, cache_salt=f"{count} {i}")
+                    engine.add(str(i), [i] * length, params, cache_salt=f"{count} {scored}")
                 drain(engine)
     assert programs.used == set(programs)
     assert engine.stats().compilations == before
@@ -253,14 +258,14 @@ def test_greedy_tokens_and_their_logprobs(name: str, engines: Callable[[str], En
     assert completion.prompt_logprobs is not None
     assert completion.prompt_logprobs[0] is None
     scored = [*completion.prompt_logprobs[1:], *completion.logprobs]
-    for row, (token, given) in enumerate(zip(PROMPT[1:] + completion.tokens, scored, strict=True)):
-        assert given is not None
-        assert given.token_id == token
-        assert given.logprob == pytest.approx(expected[row, token], abs=1e-5)
-        assert given.rank == (expected[row] >= expected[row, token]).sum()
+    for row, (token, score) in enumerate(zip(PROMPT[1:] + completion.tokens, scored, strict=True)):
+        assert score is not None
+        assert score.token_id == token
+        assert score.logprob == pytest.approx(expected[row, token], abs=1e-5)
+        assert score.rank == (expected[row] >= expected[row, token]).sum()
         best = np.argsort(-expected[row])[: 3 if row < len(PROMPT) - 1 else 5]
-        assert [i for i, _ in given.top] == best.tolist()
-        assert [p for _, p in given.top] == pytest.approx(expected[row, best], abs=1e-5)
+        assert [i for i, _ in score.top] == best.tolist()
+        assert [p for _, p in score.top] == pytest.approx(expected[row, best], abs=1e-5)
 
 
 def test_penalties_and_bias_change_what_is_greedy(engine: Engine) -> None:
@@ -355,12 +360,9 @@ def test_completions_of_a_prompt_share_its_pages(name: str, engines: Callable[[s
     B = engine._config.block_size
     prompt = (PROMPT * 3)[: 2 * B + 1]
     engine.add("shares", prompt, replace(FREE, n=3), cache_salt=name)
-    engine.step()
-    engine.step()
-    if engine.stats().running < 3:  # the prompt takes several steps
-        step_until(engine, lambda: engine.stats().running == 3)
+    results = step_until(engine, lambda: engine.stats().running == 3)
     assert engine.stats().pages_used == 2 + 3
-    results = drain(engine)
+    drain(engine, results)
     assert {tuple(completion.tokens) for completion in results.values()} == {tuple(results["shares", 0].tokens)}
     assert [results["shares", i].cached for i in range(3)] == [0, 0, 0]  # none was there before
 
