@@ -1,5 +1,6 @@
 """The command line as a shell sees it."""
 
+import os
 import re
 import socket
 import subprocess
@@ -15,8 +16,9 @@ from tenfold.engine.config import EngineConfig
 TENFOLD = str(Path(sys.executable).with_name("tenfold"))
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([TENFOLD, *arguments], capture_output=True, text=True, timeout=100)
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    wide = os.environ | {"COLUMNS": "200"}
+    return subprocess.run([TENFOLD, *arguments], capture_output=True, text=True, env=wide, timeout=100)
 
 
 def test_version():
@@ -39,7 +41,13 @@ def test_options_have_vllms_names():
         *("host", "port", "api-key", "served-model-name", "tokenizer", "revision", "chat-template"),
         *("generation-config", "root-path", "ssl-keyfile", "ssl-certfile", "disable-uvicorn-access-log"),
         *("dtype", "max-model-len", "max-num-seqs", "max-num-batched-tokens", "block-size"),
-        *("kv-cache-memory-bytes", "gpu-memory-utilization", "enable-prefix-caching", "no-enable-prefix-c", "seed"),
+        *(
+            "kv-cache-memory-bytes",
+            "gpu-memory-utilization",
+            "enable-prefix-caching",
+            "no-enable-prefix-caching",
+            "seed",
+        ),
     ):
         assert f"--{name}" in shown, name
 

@@ -27,7 +27,7 @@ def test_everything_is_counted(start_server: Callable[..., ServerProcess]):
     # Between a completion's tokens: at most one less than there are, and fewer if its first came together.
     gaps = metrics["tenfold_inter_token_latency_seconds_count"]
     assert 10 <= gaps <= metrics["tenfold_generation_tokens_total"] - 5
-    assert 0.01 < metrics["tenfold_inter_token_latency_seconds_sum"] / gaps
+    assert metrics["tenfold_inter_token_latency_seconds_sum"] / gaps > 0.01
     assert metrics["tenfold_time_to_first_token_seconds_sum"] > 4 * 0.02
     assert metrics["tenfold_kv_cache_usage_perc"] == metrics["tenfold_kv_cache_pages_used"] == 0
     assert metrics["tenfold_kv_cache_pages"] > 0
