@@ -1,6 +1,7 @@
 """Engines that are compiled once for all tests of a process."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import jax.numpy as jnp
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from tenfold.engine.compilations import keep_programs
 from tenfold.engine.config import EngineConfig
 from tenfold.engine.engine import Engine
-from tenfold.engine.memory import plan_cache
+from tenfold.engine.memory import blocks_of, plan_cache
 from tenfold.kernels.paged_attention import page_bytes
 from tests.engine.oracle import EOS, MAX_LEN, tiny_model
 
@@ -40,9 +41,13 @@ def make_engine(name: str) -> Engine:
     tiny = tiny_model(model_name)
     specs = tiny.model.cache_specs()
     longest = config.max_model_len or MAX_LEN
-    blocks = -(-longest // config.block_size)
-    each = sum(page_bytes(config.block_size, spec.num_kv_heads, spec.head_dim, jnp.float32) for spec in specs)
-    budget = EngineConfig(**vars(config) | {"cache_memory": int(each * (1 + blocks * sequences))})
+    B, chunk = config.block_size, config.max_num_batched_tokens
+    cache_memory = sum(
+        page_bytes(B, spec.num_kv_heads, spec.head_dim, jnp.float32)
+        * (1 + blocks_of(spec.window, longest, chunk, B) * sequences)
+        for spec in specs
+    )
+    budget = replace(config, cache_memory=int(cache_memory))
     plan = plan_cache(tiny.model, budget, jnp.float32, 2**30, "cpu")
     return Engine(tiny.model, tiny.params, budget, plan, EOS)
 

@@ -125,7 +125,7 @@ async def test_dropping_forgets_what_waits():
 
 
 async def test_outputs_keep_their_distance_and_lose_nothing():
-    stream = OutputStream("mine", 1, 0.05)
+    stream = OutputStream("mine", 1, lambda: 0.05)
     loop = asyncio.get_running_loop()
     taken: list[tuple[float, tuple[int, ...]]] = []
 
@@ -147,7 +147,7 @@ async def test_outputs_keep_their_distance_and_lose_nothing():
 
 @pytest.mark.parametrize("error", [None, EngineDeadError("dead")])
 async def test_nothing_that_ends_a_stream_waits(error):
-    stream = OutputStream("mine", 2, 3600.0)
+    stream = OutputStream("mine", 2, lambda: 3600.0)
     stream.put(output(0, 1))
     assert (await stream.get()).token_ids == (1,)
     stream.put(output(0, 2))
@@ -166,7 +166,7 @@ async def test_nothing_that_ends_a_stream_waits(error):
 
 
 async def test_an_interval_merges_what_comes_within_it():
-    stream = OutputStream("mine", 1, 0.2)
+    stream = OutputStream("mine", 1, lambda: 0.2)
     began = asyncio.get_running_loop().time()
     stream.put(output(0, 1))
     first = await stream.get()  # does not wait
@@ -182,7 +182,7 @@ async def test_an_interval_merges_what_comes_within_it():
 
 async def test_an_end_does_not_wait_for_the_interval():
     for end in ("finish", "error", "drop"):
-        stream = OutputStream("mine", 1, 600.0)
+        stream = OutputStream("mine", 1, lambda: 600.0)
         stream.put(output(0, 1))
         await stream.get()
         waiting = asyncio.create_task(stream.get())
@@ -208,7 +208,7 @@ async def test_an_end_does_not_wait_for_the_interval():
 
 
 async def test_waiting_for_the_interval_survives_being_cancelled():
-    stream = OutputStream("mine", 1, 0.2)
+    stream = OutputStream("mine", 1, lambda: 0.2)
     stream.put(output(0, 1))
     await stream.get()
     stream.put(output(0, 2))

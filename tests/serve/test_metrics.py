@@ -10,7 +10,7 @@ URL = "/v1/completions"
 
 
 def test_everything_is_counted(start_server: Callable[..., ServerProcess]):
-    server = start_server(script={"step_s": 0.02}, server={"output_interval_s": 0})
+    server = start_server(script={"step_s": 0.02}, server={"max_events_per_s": 1e9})
     server.post(URL, {"prompt": "abc", "max_tokens": 10})
     server.events(URL, {"prompt": "abc", "max_tokens": 20})
     server.post(URL, {"prompt": "abc", "stop": "f"})

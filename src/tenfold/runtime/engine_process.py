@@ -171,7 +171,7 @@ class EngineProcess:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
-        interval_s: float = 0.0,
+        interval_s: Callable[[], float] | None = None,
     ) -> AsyncGenerator[EngineOutput, None]:
         """The outputs of one request, until all its completions have finished or `abort` ends it.
 
@@ -181,7 +181,7 @@ class EngineProcess:
         Args:
             request_id: unique among the requests in flight; stands in the outputs.
             prompt_token_ids, params, priority, cache_salt: as `Engine.add` takes them.
-            interval_s: shortest time between two outputs; see `OutputStream`.
+            interval_s: says the shortest time to the next output; see `OutputStream`.
 
         Raises:
             RequestError: the request cannot be served as it is.

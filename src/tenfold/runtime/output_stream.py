@@ -1,7 +1,7 @@
 """A request's outputs between the engine, which does not wait, and a consumer, which may be slow."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 from tenfold.base.errors import TenfoldError
@@ -19,11 +19,12 @@ class OutputStream:
     Args:
         request_id: the consumer's name for the request; it stands in the outputs taken.
         n: completions that will come.
-        interval_s: shortest time from one output to the next; what comes sooner is merged, so that a fast engine does
-            not cost its consumer a wake-up per token. The first output and the end of a completion do not wait.
+        interval_s: says, after every output, the shortest time to the next in seconds; what comes sooner is merged, so
+            that a fast engine does not cost its consumer a wake-up per token. The first output and the end of a
+            completion do not wait.
     """
 
-    def __init__(self, request_id: str, n: int, interval_s: float = 0.0) -> None:
+    def __init__(self, request_id: str, n: int, interval_s: Callable[[], float] | None = None) -> None:
         self.request_id = request_id
         self._unfinished = n
         self._pending: dict[int, list[EngineOutput]] = {}
@@ -72,8 +73,8 @@ class OutputStream:
                     return None
             await self._wait()
         pending = self._pending.pop(next(iter(self._pending)))
-        if self._interval_s and self._unfinished and not self._pending:
-            self._due = self._loop.time() + self._interval_s
+        if self._interval_s is not None and self._unfinished and not self._pending:
+            self._due = self._loop.time() + self._interval_s()
         return EngineOutput(self.request_id, *merge_outputs(pending)[1:])
 
     async def _wait(self) -> None:

@@ -18,8 +18,8 @@ class ServerConfig:
         max_request_bytes: longest request body.
         max_pending: requests that may be in the server at once, in the engine's queue or before it; more are refused.
         shutdown_timeout_s: how long requests in flight may take to finish once the server is asked to stop.
-        output_interval_s: shortest time between two events of a stream, the first and the last excepted. Tokens that a
-            fast engine makes in between share one: a write per token would cost more than making the token.
+        max_events_per_s: of all streams together. Tokens that a fast engine makes sooner share an event, because one
+            per token would cost more than making the token, here and in the client. First and last events do not wait.
     """
 
     model_names: tuple[str, ...]
@@ -28,16 +28,15 @@ class ServerConfig:
     max_request_bytes: int = 16 * 2**20
     max_pending: int = 1056
     shutdown_timeout_s: float = 30.0
-    output_interval_s: float = 0.02
+    max_events_per_s: float = 400.0
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
             raise ConfigError("a served model needs a name, and no name may be empty; check --served-model-name.")
         if not all(self.api_keys):
             raise ConfigError("an API key must not be empty; check --api-key and TENFOLD_API_KEY.")
-        for name in ("max_request_bytes", "max_pending"):
-            if getattr(self, name) < 1:
+        for name in ("max_request_bytes", "max_pending", "max_events_per_s"):
+            if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name} must be at least 1; it is {getattr(self, name)}.")
-        for name in ("shutdown_timeout_s", "output_interval_s"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative; it is {getattr(self, name)}.")
+        if not self.shutdown_timeout_s >= 0:
+            raise ConfigError(f"the shutdown timeout must not be negative; it is {self.shutdown_timeout_s}.")

@@ -93,7 +93,7 @@ async def _run_prompt(state: ServerState, job: Job, prompt: int, emit: Emit) -> 
         job.params,
         priority=job.priority,
         cache_salt=job.cache_salt,
-        interval_s=state.config.output_interval_s,
+        interval_s=state.event_interval,
     )
     reason = "abort"
     try:

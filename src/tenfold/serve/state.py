@@ -17,6 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 TEXT_THREADS = 2
+MAX_EVENT_INTERVAL_S = 0.1  # more would be seen
 MAX_CHARS_PER_TOKEN = 256  # no vocabulary's longest tokens, which are runs of spaces, come near it on average
 
 
@@ -67,6 +68,10 @@ class ServerState:
                 param="model",
                 code="model_not_found",
             )
+
+    def event_interval(self) -> float:
+        """Shortest time between two events of one stream, in seconds, with as many streams as there are now."""
+        return min(self.in_flight / self.config.max_events_per_s, MAX_EVENT_INTERVAL_S)
 
     def enter(self) -> None:
         """Counts a request in; `leave` counts it out again.
