@@ -2,6 +2,7 @@
 #
 #   make run      serve the built-in model on http://127.0.0.1:8000 (ARGS="--port 9000" are passed on)
 #   make test     the tests, on two processes (ARGS="tests/engine -x" are passed on)
+#   make slow     the tests marked slow: many more generated cases, for minutes
 #   make check    formatting, lint, layering, types, sizes, dependencies
 #   make parity   the same models in transformers on torch, compared live; installs torch into .venv-peers
 #   make bench    the benchmarks, against the same peers (BENCHMARKS="server" ARGS="--help" for one of them)
@@ -20,7 +21,7 @@ TRANSFORMERS := transformers==5.23.0
 # The newest interpreter that works here; `make PYTHON=/path/to/python3.12 test` chooses another.
 PYTHON ?= $(shell tools/find-python)
 
-.PHONY: run test check parity bench pico fmt constraints clean
+.PHONY: run test slow check parity bench pico fmt constraints clean
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED)
@@ -28,6 +29,9 @@ run: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow and not parity and not gpu" $(ARGS)
+
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slow --timeout 3600 $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -66,11 +70,12 @@ define make_venv
 endef
 PIP_INTO = if $(1)/bin/python -m pip --version >/dev/null 2>&1; then $(1)/bin/python -m pip install -q $(2); else $(PYTHON) -m pip --python $(1)/bin/python install -q $(2); fi
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/native/*)
 	$(call make_venv,.venv)
 	@echo "Installing Tenfold and its tools into .venv"
 	@$(call PIP_INTO,.venv,-c constraints.txt uv)
-	@UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install -q --python $(BIN)/python -e '.[train,cloud]' --group dev -c constraints.txt
+	@UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install -q --python $(BIN)/python -e '.[train,cloud]' --group dev \
+	  -c constraints.txt --build-constraints constraints.txt --reinstall-package tenfold
 	@touch $@
 
 $(PEERS_INSTALLED): Makefile

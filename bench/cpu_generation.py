@@ -5,55 +5,11 @@ that neither prefill nor start-up is in it; prompts are new every time, so that 
 """
 
 import argparse
-import json
-import random
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 from bandwidth import read_bandwidth
 from checkpoints import HALF_BILLION, half_billion
-
-HERE = Path(__file__).parent
-PEER_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
-PROMPT, DECODED = 32, 32
-
-
-class Worker:
-    """An engine in its own process."""
-
-    def __init__(self, python: Path, engine: str, checkpoint: Path) -> None:
-        command = [str(python), str(HERE / "cpu_worker.py"), engine, str(checkpoint)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._read()
-
-    def _read(self) -> dict[str, float]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("a benchmark's worker died; see its message above")
-        return json.loads(line)
-
-    def seconds(self, streams: int, prompt: int, tokens: int, vocabulary: int = 32_000) -> float:
-        """Time to answer `streams` new prompts of `prompt` tokens with `tokens` each."""
-        prompts = [[random.randrange(10, vocabulary) for _ in range(prompt)] for _ in range(streams)]
-        assert self._process.stdin is not None
-        print(json.dumps({"prompts": prompts, "tokens": tokens}), file=self._process.stdin, flush=True)
-        return self._read()["seconds"]
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.communicate()
-
-    def decode_rate(self, streams: int) -> float:
-        """Tokens per second of all streams together, after the first token."""
-        whole = self.seconds(streams, PROMPT, DECODED + 1)
-        return streams * DECODED / (whole - self.seconds(streams, PROMPT, 1))
-
-    def prefill_rate(self, tokens: int) -> float:
-        """Prompt tokens per second up to the first token."""
-        return tokens / self.seconds(1, tokens, 1)
+from workers import Worker
 
 
 def main() -> None:
@@ -63,8 +19,8 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     path = half_billion()
     workers = {
-        "tenfold": Worker(Path(sys.executable), "tenfold", path),
-        "transformers": Worker(PEER_PYTHON, "transformers", path),
+        "tenfold": Worker("tenfold", path),
+        "transformers": Worker("transformers", path),
     }
     measures = {
         "decode, 1 stream": lambda w: w.decode_rate(1),

@@ -21,7 +21,7 @@ FLAGS = {
         *("--served-model-name", "--tokenizer", "--revision", "--chat-template", "--generation-config"),
         *("--host", "--port", "--api-key", "--root-path", "--ssl-keyfile", "--ssl-certfile", "--max-request-bytes"),
         *("--shutdown-timeout", "--disable-uvicorn-access-log", "--uvicorn-log-level", "--log-level"),
-        *("--dtype", "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens", "--block-size"),
+        *("--dtype", "--quantization", "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens", "--block-size"),
         *("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--max-waiting", "--seed"),
         *("--enable-prefix-caching", "--no-enable-prefix-caching"),
     },
@@ -78,7 +78,7 @@ def test_every_folder_with_code_is_a_documented_package():
 def test_table_of_families_is_the_files():
     from tenfold.models import FAMILIES
 
-    files = {path.stem for path in (PACKAGE / "models").glob("*.py")} - {"__init__", "family"}
+    files = {path.stem for path in (PACKAGE / "models").glob("*.py")} - {"__init__", "family", "gguf_names"}
     assert set(FAMILIES.values()) == files
 
 

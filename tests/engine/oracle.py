@@ -42,24 +42,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["MistralForCausalLM"],
         "num_hidden_layers": 2,
         "num_key_value_heads": 4,
-        "sliding_window": 9,
+        "sliding_window": 12,
         "hidden_act": "silu",
     },
 }
 
 
 class TinyModel:
-    """A model of one of `CONFIGS` with weights, and its logits computed without a cache."""
+    """A model with weights, and its logits computed without a cache."""
 
-    def __init__(self, name: str) -> None:
-        self.model: Model = resolve(CONFIGS[name])
-        self.params: Tree = map_params(_draw, self.model.params())
+    def __init__(self, model: Model, params: Tree) -> None:
+        self.model, self.params = model, params
         self._forward = jax.jit(self._all_logits)
-        self.logits([0])  # compiles
+        self.logits([0])  # compiles now rather than while an engine counts compilations
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """[len(tokens), V] float64: what the model says after each token."""
-        padded = np.zeros(MAX_LEN, np.int32)
+        padded = np.zeros(self.model.config.max_len, np.int32)
         padded[: len(tokens)] = tokens
         return np.asarray(self._forward(self.params, padded), np.float64)[: len(tokens)]
 
@@ -68,14 +67,15 @@ class TinyModel:
             segments = jnp.zeros((1, q.shape[0]), jnp.int32)
             return packed_attention(q[None], k[None], v[None], segments, spec)[0], cache
 
-        hidden, _ = self.model.forward(params, tokens, jnp.arange(MAX_LEN), attend)
+        hidden, _ = self.model.forward(params, tokens, jnp.arange(tokens.shape[0]), attend)
         return self.model.logits(params, hidden)
 
 
 @cache
 def tiny_model(name: str) -> TinyModel:
-    """The model of that name, made once."""
-    return TinyModel(name)
+    """The model of that name in `CONFIGS`, made once."""
+    model = resolve(CONFIGS[name])
+    return TinyModel(model, map_params(_draw, model.params()))
 
 
 def _draw(p: Param) -> jax.Array:

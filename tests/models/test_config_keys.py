@@ -114,7 +114,6 @@ def test_key_is_honoured_refused_or_irrelevant(model_type: str, key: str) -> Non
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
         ("per_layer_config", {"0": {"num_key_value_heads": 1}}),
         ("add_cross_attention", True),
     ],

@@ -145,7 +145,7 @@ def test_refusals_say_why_and_leave_the_engine_alone(start):
     worker.launch(EngineConfig(max_num_seqs=1, max_waiting=1))
     worker.send(
         Add("empty", [], SamplingParams(), 0, None),
-        Add("first", [1], SamplingParams(max_tokens=5), 0, None),
+        Add("first", [1], SamplingParams(n=2, max_tokens=5), 0, None),
         Add("full", [1], SamplingParams(n=3), 0, None),
     )
     reports = worker.receive_until(finished(1))

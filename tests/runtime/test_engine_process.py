@@ -108,7 +108,7 @@ async def test_a_request_id_is_used_once_at_a_time(engine):
 
 async def test_the_engines_full_queue_is_overload(engine):
     process = await engine(Script(step_s=0.01), config=EngineConfig(max_num_seqs=1, max_waiting=1))
-    async with aclosing(process.generate("r", [1], SamplingParams(max_tokens=4000))) as first:
+    async with aclosing(process.generate("r", [1], SamplingParams(n=2, max_tokens=4000))) as first:
         await anext(first)
         with pytest.raises(OverloadedError) as caught:
             await collect(process, "too many", [1], SamplingParams(n=3))
@@ -118,9 +118,7 @@ async def test_the_engines_full_queue_is_overload(engine):
 async def test_more_requests_than_the_engine_may_hold_are_refused_at_once(engine):
     process = await engine(Script(step_s=0.01), config=EngineConfig(max_num_seqs=2, max_waiting=3))
     params = SamplingParams(max_tokens=4000)
-    waiting = [asyncio.create_task(collect(process, str(i), [1], params)) for i in range(2)]
-    await until(lambda: process.stats.running == 2)
-    waiting += [asyncio.create_task(collect(process, str(i), [1], params)) for i in range(2, 5)]
+    waiting = [asyncio.create_task(collect(process, str(i), [1], params)) for i in range(5)]
     await until(lambda: process.stats.running + process.stats.waiting == 5)
     with pytest.raises(OverloadedError):
         await collect(process, "sixth", [1], params)

@@ -42,9 +42,10 @@ INFO = ModelInfo(
 PARAMS = SamplingParams(
     n=2,
     temperature=0.5,
-    logit_bias={7: -100.0, 260: 0.5},
+    presence_penalty=1,
+    logit_bias={7: -100, 260: 0.5},
     seed=2**64 - 1,
-    stop=("\n\n", "ß"),
+    stop=["\n\n", "ß"],
     stop_token_ids=(5,),
     logprobs=3,
 )

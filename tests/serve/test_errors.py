@@ -171,7 +171,7 @@ class TestOverload:
             asked = [pool.submit(slow.post, COMPLETIONS, {"prompt": "a", "max_tokens": 10}) for _ in range(8)]
             answers = [one.result() for one in asked]
         refused = [answer for answer in answers if answer.status_code != 200]
-        assert 1 <= len(refused) <= 6
+        assert 1 <= len(refused) <= 5
         for response in refused:
             error = error_of(response, 429)
             assert error["type"] == "rate_limit_error"

@@ -11,6 +11,9 @@ import jax
 for device in jax.devices():
     limit = (device.memory_stats() or {}).get("bytes_limit")
     print(f"{device.platform}:{device.id} {device.device_kind}" + (f", {limit / 2**30:.1f} GiB" if limit else ""))
+from tenfold.kernels import native
+if jax.devices()[0].platform == "cpu":
+    print(f"native kernels: {native.instruction_set() or 'none; ' + native.REMEDY}")
 """
 _QUESTION = "What does os.path.join do?"
 
@@ -97,7 +100,7 @@ def _generation(timeout_s: float) -> Iterator[str]:
     from tenfold.data.tokenizer import Tokenizer
     from tenfold.engine.config import EngineConfig
     from tenfold.engine.sampling_params import SamplingParams
-    from tenfold.runtime.engine_process import EngineProcess
+    from tenfold.runtime.engine_process import EngineProcess, Watchdog
 
     tokenizer = Tokenizer.load(builtin_model())
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": _QUESTION}])
@@ -105,7 +108,7 @@ def _generation(timeout_s: float) -> Iterator[str]:
     config = EngineConfig(max_model_len=256, max_num_seqs=1, max_num_batched_tokens=64, cache_memory=2**26)
 
     async def generate() -> tuple[str, str]:
-        engine = EngineProcess(builtin_model(), config)
+        engine = EngineProcess(builtin_model(), config, watchdog=Watchdog(max_starts=1))
         async with asyncio.timeout(timeout_s):
             await engine.start()
             try:

@@ -75,6 +75,10 @@ Level = Annotated[LogLevel, typer.Option(help="What to log.", rich_help_panel=_H
 # --- the engine ------------------------------------------------------------------------------------------------------
 
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_ENGINE)]
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="int8 or int4: round the weights while they are loaded.", rich_help_panel=_ENGINE),
+]
 MaxModelLen = Annotated[
     str | None, typer.Option(help="Longest prompt and output together, such as 4096 or 4K.", rich_help_panel=_ENGINE)
 ]
@@ -89,6 +93,6 @@ EnablePrefixCaching = Annotated[
     bool, typer.Option(help="Reuse the cache of prompts that begin alike.", rich_help_panel=_ENGINE)
 ]
 MaxWaiting = Annotated[
-    int, typer.Option(help="Sequences that may queue; more are refused with 429.", rich_help_panel=_ENGINE)
+    int, typer.Option(help="Sequences that may wait for a slot; more are refused with 429.", rich_help_panel=_ENGINE)
 ]
 Seed = Annotated[int, typer.Option(help="Of the seeds of requests that bring none.", rich_help_panel=_ENGINE)]

@@ -24,6 +24,7 @@ def serve(
     uvicorn_log_level: options.UvicornLogLevel = LogLevel.INFO,
     log_level: options.Level = LogLevel.INFO,
     dtype: options.Dtype = EngineConfig.dtype,
+    quantization: options.Quantization = EngineConfig.quantization,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = EngineConfig.max_num_seqs,
     max_num_batched_tokens: options.MaxNumBatchedTokens = str(EngineConfig.max_num_batched_tokens),
@@ -62,6 +63,7 @@ def serve(
             enable_prefix_caching=enable_prefix_caching,
             max_waiting=max_waiting,
             dtype=dtype,
+            quantization=quantization,
             seed=seed,
         ),
         HttpOptions(

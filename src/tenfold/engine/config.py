@@ -20,8 +20,9 @@ class EngineConfig:
         enable_prefix_caching: keep and reuse pages of earlier prompts with the same beginning.
         decode_slowdown: a step that also computes part of a prompt may take this many times as long as its decodes
             alone; inf lets prompts take the whole budget.
-        max_waiting: requests that may queue; more are refused.
+        max_waiting: sequences that may wait for a slot; more are refused.
         dtype: "auto" computes in the fastest type at the checkpoint's precision on this device.
+        quantization: "int8" or "int4" rounds the weights when they are loaded; None takes them as they are.
         seed: of the seeds drawn for requests that bring none.
     """
 
@@ -35,6 +36,7 @@ class EngineConfig:
     decode_slowdown: float = 1.75
     max_waiting: int = 1024
     dtype: str = "auto"
+    quantization: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

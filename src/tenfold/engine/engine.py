@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,17 +22,34 @@ from tenfold.engine.request import Sequence, Status, check_tokens, prefix_root
 from tenfold.engine.runner import Runner, StepResult, fetch_prompt_logprobs, fetch_tokens
 from tenfold.engine.sampling_params import SamplingParams
 from tenfold.engine.scheduler import Scheduler
+from tenfold.kernels import native
+from tenfold.kernels.matmul import QuantizedWeight, Weight
 from tenfold.models.family import Model, resolve
 from tenfold.nn import checkpoint
-from tenfold.nn.param import Tree, count
+from tenfold.nn.packing import pack
+from tenfold.nn.param import Param, Tree, count
+from tenfold.nn.quantization import Scheme, find_scheme, quantize_param
 
 log = logging.getLogger(__name__)
 
 
-def resolve_dtype(name: str, platform: str) -> jnp.dtype:
-    """The type to compute in. "auto" is float32 on a CPU, where XLA is slow in bfloat16, and bfloat16 elsewhere."""
-    chosen = {"auto": "float32" if platform == "cpu" else "bfloat16", "half": "float16", "float": "float32"}
-    return jnp.dtype(chosen.get(name, name))
+def resolve_dtype(name: str, platform: str, stored: str | None, *, fast_bfloat16: bool) -> jnp.dtype:
+    """The type to compute in.
+
+    "auto" is bfloat16 on accelerators. On a CPU it is the checkpoint's own type, `stored`, if that is bfloat16 and the
+    native kernels are there to make it fast, and float32 otherwise.
+    """
+    if name == "auto":
+        slow = platform == "cpu" and not (fast_bfloat16 and stored == "bfloat16")
+        return jnp.dtype("float32" if slow else "bfloat16")
+    return jnp.dtype({"half": "float16", "float": "float32"}.get(name, name))
+
+
+def _finish(scheme: Scheme | None, packs: bool, p: Param, weight: jax.Array | QuantizedWeight) -> Weight:
+    """What serves as the weight that was loaded: quantised if asked for, and repacked for native operations."""
+    if scheme is not None and not isinstance(weight, QuantizedWeight):
+        weight = quantize_param(p, weight, scheme)
+    return pack(p, weight) if packs else weight
 
 
 class Engine:
@@ -75,14 +93,14 @@ class Engine:
         device = jax.tree.leaves(params)[0].devices().pop()
         self.info = ModelInfo(
             architecture=model.architecture,
-            dtype=jax.tree.leaves(params)[0].dtype.name,
+            dtype=model.activation_dtype(params).name,
             device=f"{device.platform}:{device.device_kind}",
             num_parameters=count(model.params()),
             vocab_size=self._vocab_size,
             max_model_len=self._max_len,
             eos_token_ids=tuple(eos_token_ids),
             cache_bytes=plan.num_bytes,
-            longest_step_s=max(self._runner.step_seconds.values()),
+            longest_step_s=self._runner.longest_step_s,
         )
         self._compilations = count_compilations()
 
@@ -102,10 +120,12 @@ class Engine:
         device = jax.devices()[0]
         if device.platform == "cpu":
             keep_freed_memory()
-        dtype = resolve_dtype(config.dtype, device.platform)
+        stored = hf.get("dtype") or hf.get("torch_dtype")
+        dtype = resolve_dtype(config.dtype, device.platform, stored, fast_bfloat16=native.available(device))
         plan = plan_cache(model, config, dtype, free_memory(device), device.platform)
         model = model.with_max_len(plan.max_model_len)
-        params = checkpoint.load(path, model.params(), dtype)
+        finish = partial(_finish, find_scheme(config.quantization), native.available(device))
+        params = checkpoint.load(path, model.params(), dtype, finish=finish)
         return cls(model, params, config, plan, checkpoint.read_eos_token_ids(path), report)
 
     # --- requests --------------------------------------------------------------------------------------------------
@@ -130,14 +150,15 @@ class Engine:
 
         Raises:
             RequestError: the request cannot be served as it is; nothing changed.
-            OverloadedError: the queue is full.
+            OverloadedError: more than `max_waiting` sequences would wait, besides those that free slots take. A request
+                that finds nothing waiting is never refused, however many completions it asks for.
         """
         self._check(request_id, prompt_token_ids, params)
-        if self._scheduler.num_waiting + params.n > max(self._config.max_waiting, params.n):
-            wait = 1.0 + self._scheduler.num_waiting * self.info.longest_step_s / self._config.max_num_seqs
+        waiting = self._scheduler.num_waiting
+        if waiting and waiting + params.n > self._config.max_waiting + self._scheduler.num_free_slots:
+            wait_s = 1.0 + waiting * max(self._runner.step_seconds.values()) / self._config.max_num_seqs
             raise OverloadedError(
-                f"{self._scheduler.num_waiting} sequences are waiting already. Try again later.",
-                retry_after_s=min(60.0, wait),
+                f"{waiting} sequences are waiting already. Try again later.", retry_after_s=min(60.0, wait_s)
             )
         self._arrivals += 1
         root = prefix_root(cache_salt, None if self._config.enable_prefix_caching else str(self._arrivals))

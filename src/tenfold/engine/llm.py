@@ -40,7 +40,7 @@ class _Job:
                 t,
                 prompt_token_ids=token_ids,
                 skip_special_tokens=params.skip_special_tokens,
-                stop=params.stop,
+                stop=tuple(params.stop),
                 include_stop=params.include_stop_str_in_output,
                 min_tokens=params.min_tokens,
             )
@@ -75,6 +75,7 @@ class LLM:
         tokenizer: where the tokenizer is, if not with the model.
         revision: of a Hugging Face id.
         dtype: "auto", "float32", "bfloat16" or "float16".
+        quantization: "int8" or "int4" rounds the weights while they are loaded.
         max_model_len: longest sequence, prompt and output together.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: token budget of a step.
@@ -94,6 +95,7 @@ class LLM:
         tokenizer: str | Path | None = None,
         revision: str | None = None,
         dtype: str = "auto",
+        quantization: str | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
@@ -114,6 +116,7 @@ class LLM:
             decode_slowdown=math.inf,  # nobody waits for single tokens here
             max_waiting=2**31,
             dtype=dtype,
+            quantization=quantization,
             seed=seed,
         )
         self.engine = Engine.from_pretrained(path, config)

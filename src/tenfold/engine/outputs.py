@@ -81,7 +81,8 @@ class ModelInfo:
         vocab_size, max_model_len: bounds on a request's token ids and length.
         eos_token_ids: tokens that end an output.
         cache_bytes: size of the paged cache.
-        longest_step_s: the slowest warm step, in seconds; a step that takes many times longer has stalled.
+        longest_step_s: the slowest step that there can be, in seconds, as estimated by warm-up: every row at the end of
+            the longest context. A step that takes several times as long has stalled.
     """
 
     architecture: str

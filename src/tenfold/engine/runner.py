@@ -3,7 +3,8 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,8 @@ from tenfold.engine.config import EngineConfig
 from tenfold.engine.outputs import TokenLogprobs
 from tenfold.engine.pages import Group
 from tenfold.engine.programs import PromptLogprobs, StepBatch
-from tenfold.engine.sampling_params import MAX_BIAS_ENTRIES, MAX_LOGPROBS
+from tenfold.engine.request import Sequence
+from tenfold.engine.sampling_params import MAX_BIAS_ENTRIES, MAX_LOGPROBS, SamplingParams
 from tenfold.engine.scheduler import Chunk, Plan
 from tenfold.kernels.paged_attention import make_cache
 from tenfold.kernels.sampling import SamplingBatch
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 INTS = ("top_k", "position", "slot", "prompt_length", "length")
 TIMED_S = 0.5  # warm-up times buckets up to the first step that takes this long, and extrapolates from there
+FEWEST_KEYS = 256  # it times attention over these, then over twice as many,
+ATTENTION_S = 0.1  # up to the first step whose attention takes this long, and extrapolates from there
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class StepResult:
 class Runner:
     """Turns plans into device work. Nothing here waits for the device except `warm_up` and `fetch_*`."""
 
-    def __init__(self, model: Model, params: Tree, config: EngineConfig, groups: Sequence[Group], max_len: int) -> None:
+    def __init__(
+        self, model: Model, params: Tree, config: EngineConfig, groups: SequenceOf[Group], max_len: int
+    ) -> None:
         """Allocates cache and history. `params` are the unstacked weights; `groups` from `memory.plan_cache`."""
         self.config, self.model, self._params = config, model, params
         self._max_len = max_len
@@ -65,7 +71,7 @@ class Runner:
         self._windows = tuple(group.window for group in groups)
         pages = {group.window: group.num_pages for group in groups}
         self._blocks = -(-max_len // config.block_size)
-        dtype = jax.tree.leaves(params)[0].dtype
+        dtype = model.activation_dtype(params)
         self._caches = [
             make_cache(pages[spec.window], config.block_size, spec.num_kv_heads, spec.head_dim, dtype) for spec in specs
         ]
@@ -80,6 +86,7 @@ class Runner:
         }
         self._compiled: dict[tuple[str, int], Callable[..., Any]] = {}
         self.step_seconds: dict[tuple[str, int], float] = {}
+        self.longest_step_s = 0.0
 
     # --- compiling -------------------------------------------------------------------------------------------------
 
@@ -97,11 +104,12 @@ class Runner:
                 if report:
                     report(done, len(jobs))
         self._time_steps()
+        self.longest_step_s = self._time_longest_step()
 
     def _lower(self, name: str, size: int) -> Any:
         abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
         params, history, width = abstract(self._params), abstract(self._history), self.model.config.D
-        dtype = jax.tree.leaves(params)[0].dtype
+        dtype = self.model.activation_dtype(params)
         hidden = jax.ShapeDtypeStruct((size, width), dtype)
         ints = jax.ShapeDtypeStruct((size,), jnp.int32)
         if name in ("decode", "mixed"):
@@ -129,13 +137,51 @@ class Runner:
                 if timed and timed[1] > TIMED_S:
                     self.step_seconds[kind, T] = timed[1] * T / timed[0]
                     continue
-                seconds: list[float] = []
-                for _ in range(2):
-                    start = time.perf_counter()
-                    self._dispatch((), kind, T)[0].block_until_ready()
-                    seconds.append(time.perf_counter() - start)
-                timed = T, min(seconds)
+                timed = T, _seconds(partial(self._dispatch, (), kind, T))
                 self.step_seconds[kind, T] = timed[1]
+
+    def _time_longest_step(self) -> float:
+        """Seconds of the slowest step that there can be, estimated: the largest bucket, shared by as many rows as run
+        at once, each at the end of the longest context, and all prompts scored.
+
+        Rows as long as those are timed in the smallest bucket, with few keys (all of the null page) and then twice as
+        many, until attention takes a while. Attention and scoring grow with the tokens, attention also with the keys.
+        """
+        T, largest, most_rows = self._mixed[0], self._mixed[-1], self.config.max_num_seqs
+        length = min(T, max(2, largest // most_rows), self._max_len - 1)
+        rows = min(most_rows, T // length)
+        longest = self._max_len - 1
+        longest = max(longest if window is None else min(longest, window + length) for window in self._windows)
+        plain, keys = self.step_seconds["mixed", T], min(max(FEWEST_KEYS, length), longest)
+        seconds = self._time_rows(rows, length, keys)
+        while seconds - plain < ATTENTION_S and keys < longest:
+            keys = min(2 * keys, longest)
+            seconds = self._time_rows(rows, length, keys)
+        attention = max(0.0, seconds - plain) * longest / keys
+        scoring = max(0.0, self._time_rows(rows, length, keys, scored=True) - seconds)
+        return max(self.step_seconds.values()) + (attention + scoring) * largest / T
+
+    def _time_rows(self, rows: int, length: int, keys: int, *, scored: bool = False) -> float:
+        """Seconds of a step whose rows compute the last `length` of `keys` tokens of a sequence that owns no pages."""
+        seq = Sequence(
+            request_id="",
+            index=0,
+            tokens=[],
+            prompt_length=self._max_len,
+            params=SamplingParams(prompt_logprobs=0 if scored else None),
+            seed=(0, 0),
+            eos_token_ids=frozenset(),
+            max_tokens=1,
+            slot=self.config.max_num_seqs,
+            tables=[[] for _ in self._windows],
+        )
+        plan = Plan((Chunk(seq, keys - length, length, samples=False, admitted=False),) * rows)
+
+        def run() -> Any:
+            result = self.run(plan)
+            return result.tokens, result.prompt
+
+        return _seconds(run)
 
     def prefill_budget(self, decodes: int) -> int:
         """Tokens that a step with this many decodes may hold without taking `decode_slowdown` times as long as they
@@ -182,7 +228,7 @@ class Runner:
         )
 
     def _dispatch(
-        self, chunks: Sequence[Chunk], kind: str, T: int
+        self, chunks: SequenceOf[Chunk], kind: str, T: int
     ) -> tuple[jax.Array, jax.Array, jax.Array, StepBatch]:
         """Runs the model and the sampler over one bucket; returns tokens, logits, all hidden states, and the batch."""
         batch = self._step_batch(chunks, T)
@@ -192,7 +238,7 @@ class Runner:
         self._history, tokens, logits = self._compiled["sample", S](self._params, self._history, last, wanted)
         return tokens, logits, hidden, batch
 
-    def _step_batch(self, chunks: Sequence[Chunk], T: int) -> StepBatch:
+    def _step_batch(self, chunks: SequenceOf[Chunk], T: int) -> StepBatch:
         S, B = bucket(min(T, self.config.max_num_seqs), self._rows), self.config.block_size
         slots = np.full(T, self.config.max_num_seqs, np.int32)
         positions = np.zeros(T, np.int32)
@@ -225,7 +271,7 @@ class Runner:
             last=np.maximum(starts[1:] - 1, 0),
         )
 
-    def _sampling_batch(self, chunks: Sequence[Chunk], samples: Sequence[bool], S: int) -> SamplingBatch:
+    def _sampling_batch(self, chunks: SequenceOf[Chunk], samples: SequenceOf[bool], S: int) -> SamplingBatch:
         """The rows' wishes. Rows that do not sample are greedy and write to the padding row of the history."""
         floats = np.zeros((len(FLOATS), S), np.float32)
         floats[FLOATS.index("top_p")] = floats[FLOATS.index("repetition_penalty")] = 1.0
@@ -254,6 +300,16 @@ class Runner:
         columns |= zip(FLOATS, floats, strict=True)
         columns |= zip(INTS, ints, strict=True)
         return SamplingBatch(**columns)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """The shorter of two times that `run` takes until the device has what it returns."""
+    seconds: list[float] = []
+    for _ in range(2):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def _scores_prompt(chunk: Chunk) -> bool:
@@ -286,7 +342,7 @@ def fetch_prompt_logprobs(result: StepResult) -> None:
             seq.prompt_logprobs[position] = _scored(seq.tokens[position], [x[first + i] for x in arrays], asked)
 
 
-def _scored(token: int, arrays: Sequence[Any], k: int) -> TokenLogprobs:
+def _scored(token: int, arrays: SequenceOf[Any], k: int) -> TokenLogprobs:
     logprob, rank, top_ids, top_logprobs = arrays
     top = tuple((int(i), float(p)) for i, p in zip(top_ids[:k], top_logprobs[:k], strict=True))
     return TokenLogprobs(token, float(logprob), int(rank), top)

@@ -1,7 +1,7 @@
 """What a request may ask of sampling. Names and defaults are vLLM's."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tenfold.base.errors import RequestError
@@ -9,6 +9,9 @@ from tenfold.base.errors import RequestError
 MAX_BIAS_ENTRIES = 512  # token ids that logit_bias, and end tokens held back by min_tokens, may name together
 MAX_LOGPROBS = 20
 MAX_N = 128
+
+Number = float | int
+"""What may be given for a float. PEP 484 implies the int; runtime checkers do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +30,9 @@ class SamplingParams:
         seed: the same seed and prompt give the same tokens; None draws one.
         max_tokens: longest output; None up to the context's end.
         min_tokens: no end token before this many.
-        stop: strings that end the output where they first appear; the text layer watches for them.
-        stop_token_ids: further tokens that end the output.
+        stop: a string, or several, that end the output where they first appear; the text layer watches for them. Kept
+            as a tuple.
+        stop_token_ids: further tokens that end the output. Kept as a tuple.
         include_stop_str_in_output: keep the stop string in the text.
         ignore_eos: go on after the model's end tokens.
         logprobs: also return this many most likely tokens at every step, and the chosen one's log-probability.
@@ -37,19 +41,19 @@ class SamplingParams:
     """
 
     n: int = 1
-    temperature: float = 1.0
+    temperature: Number = 1.0
     top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    top_p: Number = 1.0
+    min_p: Number = 0.0
+    repetition_penalty: Number = 1.0
+    presence_penalty: Number = 0.0
+    frequency_penalty: Number = 0.0
+    logit_bias: Mapping[int, Number] = field(default_factory=dict[int, float])
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -58,7 +62,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)  # accept a string or a list, as vLLM does; the field stays a tuple
+        object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         _check_range("n", self.n, 1, MAX_N)
         _check_range("temperature", self.temperature, 0.0, 100.0)
@@ -94,7 +98,7 @@ class SamplingParams:
             )
 
 
-def _check_range(name: str, value: int | float, low: int | float, high: int | float, *, above: bool = False) -> None:
+def _check_range(name: str, value: Number, low: Number, high: Number, *, above: bool = False) -> None:
     """Raises RequestError unless low <= value <= high (low < value with `above`); nan is never in range."""
     if math.isfinite(value) and (low < value if above else low <= value) and value <= high:
         return

@@ -85,6 +85,10 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def num_free_slots(self) -> int:
+        return len(self._slots)
+
+    @property
     def sequences(self) -> Iterable[Sequence]:
         yield from self.running
         for _, seq in self._waiting:

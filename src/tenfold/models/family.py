@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tenfold.base.errors import UnsupportedModelError
@@ -86,6 +87,10 @@ class Model:
     def logits(self, p: Tree, x: Float[Array, "S D"]) -> Float[Array, "S V"]:
         """Float32 logits of hidden states."""
         return self.family.logits(p, self.config, x)
+
+    def activation_dtype(self, params: Tree) -> jnp.dtype:
+        """What is computed in: the dtype of the last norm, which every family has and nothing quantises."""
+        return params["norm"].dtype
 
     def with_max_len(self, max_len: int) -> "Model":
         """The same model for contexts of at most `max_len` tokens (longrope picks its factors by it)."""

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tenfold.kernels.attention import Attend, AttentionSpec
+from tenfold.kernels.norm import rms_norm
 from tenfold.nn import attention, hf_config, rope
 from tenfold.nn.attention import attention_params
 from tenfold.nn.cache import CacheSpec
+from tenfold.nn.embedding import embed, embedding_params, unembed
 from tenfold.nn.hf_config import HFConfig
-from tenfold.nn.layers import rms_norm, rotate, unembed
+from tenfold.nn.layers import rotate
 from tenfold.nn.mlp import gated_mlp, mlp_params
 from tenfold.nn.param import Param, Tree, param
 from tenfold.nn.rope import Rope
@@ -86,16 +88,11 @@ def cache_specs(c: Config) -> tuple[CacheSpec, ...]:
 
 def params(c: Config) -> Tree:
     """The declaration of every weight, unstacked."""
-    tree: dict[str, Any] = {
-        "embed": param(
-            (c.V, c.D), "vocab embed", "model.embed_tokens.weight", aliases=("lm_head.weight",) if c.tied else ()
-        ),
+    return {
+        **embedding_params(c.V, c.D, tied=c.tied),
         "layers": [_layer(c, f"model.layers.{i}") for i in range(c.L)],
         "norm": param((c.D,), "embed", "model.norm.weight", init="zeros"),
     }
-    if not c.tied:
-        tree["head"] = param((c.D, c.V), "embed vocab", "lm_head.weight", "V D -> D V")
-    return tree
 
 
 def _layer(c: Config, at: str) -> dict[str, Param]:
@@ -133,11 +130,11 @@ def forward(
         return x + norm(gated_mlp(norm(x, w["mlp_norm"]), w, c.act), w["mlp_post_norm"]), cache
 
     # The factor is rounded to the weights' dtype, as in training.
-    x = p["embed"][tokens] * jnp.asarray(c.D**0.5, p["embed"].dtype)
+    x = embed(p["embed"], tokens, p["norm"].dtype) * jnp.asarray(c.D**0.5, p["norm"].dtype)
     x, caches = run_layers(block, p["layers"], kinds(c), x, caches)
     return norm(x, p["norm"]), caches
 
 
 def logits(p: Tree, c: Config, x: Float[Array, "S D"]) -> Float[Array, "S V"]:
     """Float32 logits of hidden states, soft-capped where the config says so."""
-    return unembed(x, p["embed"].T if c.tied else p["head"], softcap=c.final_softcap)
+    return unembed(p, x, softcap=c.final_softcap)

@@ -12,11 +12,13 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from tenfold.kernels.attention import Attend, AttentionSpec
+from tenfold.kernels.norm import rms_norm
 from tenfold.nn import attention, hf_config, rope
 from tenfold.nn.attention import attention_params, head_norm_params
 from tenfold.nn.cache import CacheSpec
+from tenfold.nn.embedding import embed, embedding_params, unembed
 from tenfold.nn.hf_config import HFConfig
-from tenfold.nn.layers import rms_norm, rotate, unembed
+from tenfold.nn.layers import rotate
 from tenfold.nn.mlp import gated_mlp, mlp_params
 from tenfold.nn.param import Param, Tree, param
 from tenfold.nn.rope import Rope
@@ -82,16 +84,11 @@ def cache_specs(c: Config) -> tuple[CacheSpec, ...]:
 
 def params(c: Config) -> Tree:
     """The declaration of every weight, unstacked."""
-    tree: dict[str, Any] = {
-        "embed": param(
-            (c.V, c.D), "vocab embed", "model.embed_tokens.weight", aliases=("lm_head.weight",) if c.tied else ()
-        ),
+    return {
+        **embedding_params(c.V, c.D, tied=c.tied),
         "layers": [_layer(c, f"model.layers.{i}") for i in range(c.L)],
         "norm": param((c.D,), "embed", "model.norm.weight", init="ones"),
     }
-    if not c.tied:
-        tree["head"] = param((c.D, c.V), "embed vocab", "lm_head.weight", "V D -> D V")
-    return tree
 
 
 def _layer(c: Config, at: str) -> dict[str, Param]:
@@ -122,10 +119,10 @@ def forward(
         x = x + attention.output(o, w)
         return x + gated_mlp(rms_norm(x, w["mlp_norm"], c.eps), w, c.act), cache
 
-    x, caches = run_layers(block, p["layers"], kinds(c), p["embed"][tokens], caches)
+    x, caches = run_layers(block, p["layers"], kinds(c), embed(p["embed"], tokens, p["norm"].dtype), caches)
     return rms_norm(x, p["norm"], c.eps), caches
 
 
 def logits(p: Tree, c: Config, x: Float[Array, "S D"]) -> Float[Array, "S V"]:
     """Float32 logits of hidden states."""
-    return unembed(x, p["embed"].T if c.tied else p["head"])
+    return unembed(p, x)

@@ -4,11 +4,12 @@ Dims: T packed tokens, D model width, H query heads, J key-value heads, K head d
 """
 
 from collections.abc import Mapping
+from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 
-from tenfold.nn.layers import project, rms_norm
+from tenfold.kernels.norm import rms_norm
+from tenfold.nn.layers import project, project_all
 from tenfold.nn.param import Initializer, Param, param
 
 
@@ -29,12 +30,16 @@ def attention_params(
         hf = f"{at}.qkv_proj" if fused else f"{at}.{name}_proj"
         rows = (row, row + heads * K) if fused else None
         row += heads * K
-        declared[name] = param((D, heads, K), f"embed {axis} head_dim", f"{hf}.weight", "(N K) D -> D N K", rows=rows)
+        declared[name] = param(
+            (D, heads, K), f"embed {axis} head_dim", f"{hf}.weight", "(N K) D -> D N K", rows=rows, inputs="embed"
+        )
         if qkv_bias:
             declared[f"{name}_bias"] = param(
                 (heads, K), f"{axis} head_dim", f"{hf}.bias", "(N K) -> N K", rows=rows, init="zeros"
             )
-    declared["o"] = param((H, K, D), "heads head_dim embed", f"{at}.o_proj.weight", "D (N K) -> N K D")
+    declared["o"] = param(
+        (H, K, D), "heads head_dim embed", f"{at}.o_proj.weight", "D (N K) -> N K D", inputs="heads head_dim"
+    )
     if o_bias:
         declared["o_bias"] = param((D,), "embed", f"{at}.o_proj.bias", init="zeros")
     return declared
@@ -54,14 +59,11 @@ def flat_norm_params(at: str, H: int, J: int, K: int) -> dict[str, Param]:
 
 
 def qkv(
-    x: Float[Array, "T D"], p: Mapping[str, jax.Array]
+    x: Float[Array, "T D"], p: Mapping[str, Any]
 ) -> tuple[Float[Array, "T H K"], Float[Array, "T J K"], Float[Array, "T J K"]]:
     """Queries, keys and values of the tokens."""
-    return (
-        project(x, p["q"], p.get("q_bias")),
-        project(x, p["k"], p.get("k_bias")),
-        project(x, p["v"], p.get("v_bias")),
-    )
+    q, k, v = project_all(x, *((p[name], p.get(f"{name}_bias")) for name in "qkv"))
+    return q, k, v
 
 
 def flat_norm(x: Float[Array, "T N K"], weight: Float[Array, "N K"], eps: float) -> Float[Array, "T N K"]:
@@ -70,7 +72,6 @@ def flat_norm(x: Float[Array, "T N K"], weight: Float[Array, "N K"], eps: float)
     return rms_norm(flat, weight.reshape(-1), eps, offset=0.0).reshape(x.shape)
 
 
-def output(o: Float[Array, "T H K"], p: Mapping[str, jax.Array]) -> Float[Array, "T D"]:
+def output(o: Float[Array, "T H K"], p: Mapping[str, Any]) -> Float[Array, "T D"]:
     """What attention read, mapped back to the model's width."""
-    flat = p["o"].reshape(-1, p["o"].shape[-1])
-    return project(o.reshape(o.shape[0], -1), flat, p.get("o_bias"))
+    return project(o.reshape(o.shape[0], -1), p["o"], p.get("o_bias"))

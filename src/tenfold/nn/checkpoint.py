@@ -1,9 +1,14 @@
-"""Reading and writing checkpoints in Hugging Face's layout: config.json, generation_config.json and safetensors."""
+"""Reading and writing checkpoints in Hugging Face's layout: config.json, generation_config.json and safetensors.
+
+Quantised checkpoints are read, too: see `tenfold.nn.quantized_checkpoint`.
+"""
 
 import json
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +18,18 @@ import numpy as np
 from jax.typing import DTypeLike
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from tenfold.base.errors import CheckpointError, ConfigError, UnsupportedModelError
+from tenfold.base.errors import CheckpointError, ConfigError
 from tenfold.base.files import SECOND_COPIES, atomic_directory, matches, no_safetensors
-from tenfold.nn import safetensors, transfer
+from tenfold.kernels.matmul import QuantizedWeight
+from tenfold.nn import quantized_checkpoint, safetensors, transfer
+from tenfold.nn.encodings import Expected, Plain, Stored
 from tenfold.nn.layout import to_checkpoint, to_model
 from tenfold.nn.param import Param, Source, Tree, is_param
+from tenfold.nn.quantization import Affine, from_affine
+from tenfold.nn.quantized_checkpoint import QuantizedFormat
 from tenfold.nn.safetensors import Deferred, SafetensorsFile
+
+log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,18 +46,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: if it is missing or not a JSON object.
-        UnsupportedModelError: if it describes quantised weights.
+        UnsupportedModelError: if it describes weights that are quantised in a way that is not implemented.
     """
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} has no config.json; pass the directory of a Hugging Face checkpoint")
     config = _read_json(path / "config.json")
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
-        raise UnsupportedModelError(
-            f"{path / 'config.json'}: the weights are quantised ({method}), which is not implemented; "
-            "use the checkpoint in bfloat16, float16 or float32"
-        )
+    quantized_checkpoint.read_format(config)
     return config
 
 
@@ -111,55 +116,102 @@ def _whole_shape(parts: Sequence[_Part]) -> tuple[int, ...]:
     return last.shape if last.source.rows is None else (last.source.rows[1], *last.shape[1:])
 
 
-def load(path: Path, tree: Tree, dtype: DTypeLike, *, shardings: Tree = None, progress: bool = False) -> Tree:
+def load(
+    path: Path,
+    tree: Tree,
+    dtype: DTypeLike,
+    *,
+    shardings: Tree = None,
+    finish: Callable[[Param, jax.Array | QuantizedWeight], Any] | None = None,
+    progress: bool = False,
+) -> Tree:
     """The weights of a checkpoint's directory, on their devices.
 
     One tensor is read at a time, in blocks, and a device is sent only its shard: beyond the weights themselves the host
     needs a few hundred megabytes. The arrays do not depend on the files once this returns.
+
+    A weight that the checkpoint holds as integers with scales comes as a `QuantizedWeight`, unrounded, if products use
+    it (`Param.inputs`) and it is neither stacked nor sharded. Other quantised weights, such as fp8 ones, are arrays;
+    the host holds the numbers of one parameter at a time.
 
     Args:
         path: a directory with safetensors, sharded with an index or not.
         tree: the declaration; the arrays come in the same tree.
         dtype: of the arrays, whatever the files hold.
         shardings: a matching pytree of shardings, or None for the default device.
+        finish: makes what stands in the tree out of each weight as soon as it is loaded, such as a repacked one.
         progress: shows a progress bar.
 
     Raises:
         CheckpointError: if a file is missing, truncated or damaged, or if a tensor is missing, unexpected, or of the
             wrong shape; names tensors, files, and both shapes. All such tensors are reported at once.
-        UnsupportedModelError: if the weights are quantised.
+        UnsupportedModelError: if the weights are quantised in a way that is not implemented.
     """
-    if (path / "config.json").exists():
-        read_config(path)
+    form = quantized_checkpoint.read_format(read_config(path)) if (path / "config.json").exists() else None
     params, treedef = jax.tree.flatten(tree, is_leaf=is_param)
     files = _open(path)
-    names = _verify(path, params, files)
+    found = _verify(path, params, files, form)
+    _report(path, files, form)
     targets = [None] * len(params) if shardings is None else treedef.flatten_up_to(shardings)
     columns = (TextColumn("Loading weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    arrays: list[jax.Array] = []
+    weights: list[Any] = []
+    scattered = 0
     with Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task("", total=sum(math.prod(p.shape) for p in params) * jnp.dtype(dtype).itemsize)
         for p, target in zip(params, targets, strict=True):
-            arrays.append(_load_param(p, [files[names[source.name]] for source in p.sources], names, dtype, target))
-            bar.advance(task, arrays[-1].nbytes)
-    return treedef.unflatten(arrays)
+            stored = [found[source.name] for source in p.sources]
+            weight = _load_param(p, stored, files, dtype, target)
+            scattered += _may_be_quantized(p, target) and stored[0].integers and isinstance(weight, jax.Array)
+            weights.append(jax.block_until_ready(finish(p, weight)) if finish else weight)
+            bar.advance(task, math.prod(p.shape) * jnp.dtype(dtype).itemsize)
+    if scattered:
+        log.warning(
+            "%d quantised weights have scales whose inputs do not stand together (act-order): loaded as %s",
+            scattered,
+            jnp.dtype(dtype).name,
+        )
+    return treedef.unflatten(weights)
+
+
+def _report(path: Path, files: Mapping[str, SafetensorsFile], form: QuantizedFormat | None) -> None:
+    """Says what a quantised checkpoint asks for that is not done."""
+    if form is None:
+        return
+    unused = [name for name in files if matches(name, form.unused)]
+    notes = (*form.notes, *((f"{len(unused)} tensors of scales: {_list(unused)}",) if unused else ()))
+    log.info("%s: the weights are quantised (%s) and loaded as they are", path, form.method)
+    if notes:
+        log.info("%s: activations and the cache are not rounded. Not used: %s", path, "; ".join(notes))
+
+
+def _may_be_quantized(p: Param, target: Any) -> bool:
+    return bool(p.inputs) and not p.stacked and target is None
 
 
 def _load_param(
-    p: Param, files: Sequence[SafetensorsFile], names: Mapping[str, str], dtype: DTypeLike, target: Any
-) -> jax.Array:
-    layers: list[np.ndarray] = []
-    for source, file in zip(p.sources, files, strict=True):
-        tensor = file[names[source.name]]
-        rows = tensor if source.rows is None else tensor[slice(*source.rows)]
-        file.will_need(rows)
-        layers.append(to_model(rows, source.layout, p.layer_shape))
+    p: Param, stored: Sequence[Stored], files: Mapping[str, SafetensorsFile], dtype: DTypeLike, target: Any
+) -> jax.Array | QuantizedWeight:
+    tensors = {name: files[name][name] for s in stored for name in s.expected() if name in files}
 
     def release(view: np.ndarray) -> None:
-        for file in set(files):
+        for file in {files[name] for name in tensors}:
             file.release(view)
 
-    return transfer.place(layers, dtype, stacked=p.stacked, sharding=target, release=release)
+    read: list[Affine | np.ndarray] = []
+    for s, source in zip(stored, p.sources, strict=True):
+        for name in s.expected().keys() & tensors.keys():
+            whole = source.rows is None or not isinstance(s.encoding, Plain)
+            files[name].will_need(tensors[name] if whole else tensors[name][slice(*source.rows or ())])
+        read.append(s.read(tensors, source.rows, dtype))
+    if _may_be_quantized(p, target) and isinstance(read[0], Affine):
+        weight = jax.block_until_ready(from_affine(read[0], p.output_dims))
+    else:
+        arrays = [rows.values(dtype) if isinstance(rows, Affine) else rows for rows in read]
+        layers = [to_model(a, s.layout, p.layer_shape) for a, s in zip(arrays, p.sources, strict=True)]
+        weight = transfer.place(layers, dtype, stacked=p.stacked, sharding=target, release=release)
+    for name in {name for s in stored if not isinstance(s.encoding, Plain) for name in s.expected()} & tensors.keys():
+        release(tensors[name])
+    return weight
 
 
 def _open(path: Path) -> dict[str, SafetensorsFile]:
@@ -210,25 +262,30 @@ def _weight_files(path: Path, weight_map: Mapping[str, str]) -> list[Path]:
     return [file for file in files if not matches(file.name, SECOND_COPIES)] or files
 
 
-def _verify(path: Path, params: Sequence[Param], files: Mapping[str, SafetensorsFile]) -> dict[str, str]:
-    """Under which name the checkpoint has each tensor that the declaration names.
+def _verify(
+    path: Path, params: Sequence[Param], files: Mapping[str, SafetensorsFile], form: QuantizedFormat | None
+) -> dict[str, Stored]:
+    """How the checkpoint has each parameter that the declaration names.
 
     Raises CheckpointError with all that does not match.
     """
     parts = _parts(params)
-    names = {name: _present(shared, files) for name, shared in parts.items()}
-    missing = [name for name, present in names.items() if present is None]
+    found = {name: _find(shared, files, form) for name, shared in parts.items()}
+    expected = [(name, tensor) for stored in found.values() for name, tensor in stored.expected().items()]
+    missing = [name for name, tensor in expected if not tensor.optional and name not in files]
     aliases = {alias for shared in parts.values() for part in shared for alias in part.source.aliases}
+    known = {*parts, *aliases, *(name for name, _ in expected)}
+    ignored = (*_IGNORED, *(form.unused if form else ()))
     unexpected = [
         f"{name} (in {file.path.name})"
         for name, file in files.items()
-        if name not in parts and name not in aliases and not matches(name, _IGNORED)
+        if name not in known and not matches(name, ignored)
     ]
     wrong = [
-        problem
-        for name, present in names.items()
-        if present is not None
-        for problem in _mismatch(present, files[present], _whole_shape(parts[name]))
+        f"{name} (in {files[name].path.name}) {problem}"
+        for name, tensor in expected
+        if name in files
+        for problem in _mismatch(name, files[name], tensor, declared=name in parts)
     ]
     problems = [
         f"{len(lines)} {what}: {_list(lines)}"
@@ -239,20 +296,40 @@ def _verify(path: Path, params: Sequence[Param], files: Mapping[str, Safetensors
         raise CheckpointError(
             f"the tensors in {path} are not those that its config.json asks for. " + "; ".join(problems)
         )
-    return {name: present for name, present in names.items() if present is not None}
+    return found
 
 
-def _present(parts: Sequence[_Part], files: Mapping[str, SafetensorsFile]) -> str | None:
-    source = parts[0].source
-    return next((name for name in (source.name, *source.aliases) if name in files), None)
+def _find(parts: Sequence[_Part], files: Mapping[str, SafetensorsFile], form: QuantizedFormat | None) -> Stored:
+    """How the checkpoint has a parameter: the way of which most is there, or if nothing is, what should be."""
+    part, shape = parts[0], _whole_shape(parts)
+    candidates = [
+        Stored(name, shape, encoding)
+        for name in (part.source.name, *part.source.aliases)
+        for encoding in (form.encodings(part.param, name) if form else (Plain(),))
+    ]
+    return max(candidates, key=partial(_count_present, files=files))  # the first of several
 
 
-def _mismatch(name: str, file: SafetensorsFile, expected: tuple[int, ...]) -> Iterable[str]:
+def _count_present(stored: Stored, files: Mapping[str, SafetensorsFile]) -> int:
+    return sum(
+        name in files and not tensor.optional and _fits(files[name].infos[name].dtype, tensor)
+        for name, tensor in stored.expected().items()
+    )
+
+
+def _fits(dtype: np.dtype, expected: Expected) -> bool:
+    return dtype.name in expected.dtypes if expected.dtypes else jnp.issubdtype(dtype, jnp.floating)
+
+
+def _mismatch(name: str, file: SafetensorsFile, expected: Expected, *, declared: bool) -> Iterable[str]:
     info = file.infos[name]
-    if info.shape != expected:
-        yield f"{name} (in {file.path.name}) has the shape {list(info.shape)} instead of {list(expected)}"
-    if not jnp.issubdtype(info.dtype, jnp.floating):
-        yield f"{name} (in {file.path.name}) is {info.dtype}, not floating-point"
+    shapes = " or ".join(str(list(shape)) for shape in expected.shapes)
+    if info.shape not in expected.shapes:
+        yield f"has the shape {list(info.shape)} instead of {shapes}"
+    if not _fits(info.dtype, expected):
+        yield f"is {info.dtype}, not {' or '.join(expected.dtypes) or 'floating-point'}"
+    elif expected.zeros and not declared and file[name].astype(np.float32).any():
+        yield "is not zero everywhere"
 
 
 def _list(items: Sequence[str]) -> str:
@@ -282,7 +359,7 @@ def export(
         path: the directory.
         tree: the declaration.
         arrays: the weights, in the same tree.
-        config: what config.json shall say; the dtype is added.
+        config: what config.json shall say; the dtype is added, and what it says of quantised weights is left out.
         dtype: of the tensors in the files.
         max_shard_bytes: weights beyond this are split into several files with an index. A larger tensor has its own.
         generation_config: what generation_config.json shall say; None writes none.
@@ -311,7 +388,8 @@ def export(
             _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         if generation_config is not None:
             _write_json(staging / "generation_config.json", generation_config)
-        _write_json(staging / "config.json", {**config, "dtype": dtype.name, "torch_dtype": dtype.name})
+        plain = {key: value for key, value in config.items() if key not in quantized_checkpoint.CONFIG_KEYS}
+        _write_json(staging / "config.json", {**plain, "dtype": dtype.name, "torch_dtype": dtype.name})
 
 
 def _deferred(name: str, parts: Sequence[_Part], leaves: Sequence[jax.Array], dtype: np.dtype) -> Deferred:

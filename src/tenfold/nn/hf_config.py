@@ -49,7 +49,7 @@ def refuse(hf: HFConfig, **only: Any) -> None:
 
 def refuse_unknown_modes(hf: HFConfig) -> None:
     """Raises UnsupportedModelError for what a config may ask of any architecture and no family implements."""
-    refuse(hf, is_encoder_decoder=False, add_cross_attention=False, per_layer_config=None, quantization_config=None)
+    refuse(hf, is_encoder_decoder=False, add_cross_attention=False, per_layer_config=None)
 
 
 def read_activation(hf: HFConfig, key: str = "hidden_act", *, default: str = "silu") -> str:

@@ -4,11 +4,11 @@ Dims: T packed tokens, D model width, F feed-forward width.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 
-from tenfold.nn.layers import activation, project
+from tenfold.nn.layers import activation, project, project_all
 from tenfold.nn.param import Param, param
 
 
@@ -19,8 +19,11 @@ def mlp_params(at: str, D: int, F: int, *, bias: bool = False, fused: bool = Fal
     """
     hf = {name: f"{at}.gate_up_proj" if fused else f"{at}.{name}_proj" for name in ("gate", "up")}
     rows = {"gate": (0, F), "up": (F, 2 * F)} if fused else {"gate": None, "up": None}
-    declared = {name: param((D, F), "embed mlp", f"{hf[name]}.weight", "F D -> D F", rows=rows[name]) for name in hf}
-    declared["down"] = param((F, D), "mlp embed", f"{at}.down_proj.weight", "D F -> F D")
+    declared = {
+        name: param((D, F), "embed mlp", f"{hf[name]}.weight", "F D -> D F", rows=rows[name], inputs="embed")
+        for name in hf
+    }
+    declared["down"] = param((F, D), "mlp embed", f"{at}.down_proj.weight", "D F -> F D", inputs="mlp")
     if bias:
         for name in hf:
             declared[f"{name}_bias"] = param((F,), "mlp", f"{hf[name]}.bias", rows=rows[name], init="zeros")
@@ -28,7 +31,7 @@ def mlp_params(at: str, D: int, F: int, *, bias: bool = False, fused: bool = Fal
     return declared
 
 
-def gated_mlp(x: Float[Array, "T D"], p: Mapping[str, jax.Array], act: str) -> Float[Array, "T D"]:
+def gated_mlp(x: Float[Array, "T D"], p: Mapping[str, Any], act: str) -> Float[Array, "T D"]:
     """(act(x · gate) ⊙ (x · up)) · down, with biases where they are declared."""
-    gate = activation(act)(project(x, p["gate"], p.get("gate_bias")))
-    return project(gate * project(x, p["up"], p.get("up_bias")), p["down"], p.get("down_bias"))
+    gate, up = project_all(x, (p["gate"], p.get("gate_bias")), (p["up"], p.get("up_bias")))
+    return project(activation(act)(gate) * up, p["down"], p.get("down_bias"))

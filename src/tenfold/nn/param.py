@@ -51,6 +51,8 @@ class Param:
         sources: one `Source`, or one per layer when the parameter is stacked along a leading "layers" dim.
         init: the distribution at initialisation.
         scale: standard deviation of "normal".
+        inputs: names of the axes that a product with activations contracts ("heads head_dim"): what makes the weight a
+            matrix, which may be quantised or repacked. Empty for all other weights.
     """
 
     shape: tuple[int, ...]
@@ -58,6 +60,7 @@ class Param:
     sources: tuple[Source, ...]
     init: Initializer = "normal"
     scale: float = 0.02
+    inputs: str = ""
 
     def __post_init__(self) -> None:
         if len(self.axes.split()) != len(self.shape):
@@ -80,6 +83,22 @@ class Param:
         """The shape of one layer's weight: without the leading "layers" dim of a stacked parameter."""
         return self.shape[1:] if self.stacked else self.shape
 
+    def _matrix_dims(self) -> tuple[list[int], list[int]]:
+        """Which dims of a layer's weight are inputs, and which are outputs."""
+        names = self.axes.removeprefix("layers ").split()
+        inputs = [names.index(name) for name in self.inputs.split()]
+        return inputs, [i for i in range(len(names)) if i not in inputs]
+
+    @property
+    def output_dims(self) -> tuple[int, ...]:
+        """The dims of what a product with this weight gives."""
+        return tuple(self.layer_shape[i] for i in self._matrix_dims()[1])
+
+    def as_matrix(self, array: jax.Array) -> jax.Array:
+        """One layer's weight as [inputs, outputs]."""
+        inputs, outputs = self._matrix_dims()
+        return array.transpose(*inputs, *outputs).reshape(math.prod(self.layer_shape[i] for i in inputs), -1)
+
     def checkpoint_shape(self, source: Source) -> tuple[int, ...]:
         """The shape that one layer's weight has in the checkpoint; of a fused tensor, the shape of its own rows."""
         return checkpoint_shape(source.layout, self.layer_shape)
@@ -95,10 +114,11 @@ def param(
     aliases: tuple[str, ...] = (),
     init: Initializer = "normal",
     scale: float = 0.02,
+    inputs: str = "",
 ) -> Param:
     """Declares a weight in one line: shape, logical axes, checkpoint name and layout."""
     source = Source(name=hf, layout=layout, rows=rows, aliases=aliases)
-    return Param(shape=shape, axes=axes, sources=(source,), init=init, scale=scale)
+    return Param(shape=shape, axes=axes, sources=(source,), init=init, inputs=inputs)
 
 
 def is_param(x: object) -> bool:

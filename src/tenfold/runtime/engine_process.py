@@ -29,7 +29,7 @@ from tenfold.runtime.worker_process import WORKER_COMMAND, WorkerProcess
 
 State = Literal["starting", "ready", "restarting", "draining", "stopped"]
 
-STALL_STEPS = 8.0  # a step that takes this many times as long as the slowest one of the warm-up hangs
+STALL_STEPS = 4.0  # a step that takes this many times as long as the slowest that there can be hangs
 MAX_UNSENT_BYTES = 1 << 24
 _TICK_S = 0.25
 _SHUTDOWN_S = 5.0
@@ -306,7 +306,8 @@ class EngineProcess:
                 return life.refusal
             failed_starts = failed_starts + 1 if life.served_s is None else 0
             if failed_starts >= watchdog.max_starts:
-                return EngineDeadError(f"The engine failed to start {failed_starts} times in a row: {life.reason}.")
+                times = f" {failed_starts} times in a row" if failed_starts > 1 else ""
+                return EngineDeadError(f"The engine failed to start{times}: {life.reason}.")
             row = 1 if (life.served_s or 0.0) > watchdog.stable_s else row + 1
             delay_s = 0.0 if row == 1 else min(watchdog.max_backoff_s, watchdog.backoff_s * 2.0 ** min(row - 2, 16))
             logger.error("The engine failed: %s. It starts again in %.1f s.", life.reason, delay_s)

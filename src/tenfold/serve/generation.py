@@ -131,7 +131,7 @@ def _open_text(state: ServerState, job: Job, prompt: int) -> CompletionText:
         state.tokenizer,
         prompt_token_ids=job.prompts[prompt],
         skip_special_tokens=params.skip_special_tokens,
-        stop=params.stop,
+        stop=tuple(params.stop),
         include_stop=params.include_stop_str_in_output,
         min_tokens=params.min_tokens,
     )

@@ -124,7 +124,8 @@ class ScriptedEngine:
             raise RequestError("The prompt is too long.", param="prompt", code="context_length_exceeded")
         if not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < self.info.vocab_size:
             raise RequestError("The prompt has a token id outside the vocabulary.", param="prompt")
-        if len(self._waiting) + params.n > self._config.max_waiting:
+        free_slots = self._config.max_num_seqs - len(self._running)
+        if self._waiting and len(self._waiting) + params.n > self._config.max_waiting + free_slots:
             raise OverloadedError("The queue is full.", retry_after_s=2.5)
         if self._script.lose_at in prompt_token_ids:
             return

@@ -1,0 +1,235 @@
+// The products of attention: queries with keys, and weights with values. A tile of rows by vectors stays in registers,
+// beside one operand of each.
+#pragma once
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "attention.h"
+#include "vector.h"
+
+namespace tenfold {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kMaxRows = 12, kTile = 24, kPair = 2;
+#else
+constexpr int kMaxRows = 6, kTile = 6, kPair = 1;
+#endif
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// --- arithmetics -----------------------------------------------------------------------------------------------------
+//
+// What the cache holds comes in words of kTogether neighbours. An arithmetic takes a vector of them apart into kParts,
+// multiplies each with a 32-bit operand of a query, or of the weights, and adds to 32-bit sums. A row of operands is
+// kLimbs rows of them.
+
+template <typename T, int N>
+struct Stored {
+  typedef T Type;
+  static constexpr int kTogether = N;
+};
+
+struct F32 : Stored<float, 1> {
+  static float widen(float x) { return x; }
+  static F32x16 widen(U32x16 words, int) { return bit_cast<F32x16>(words); }
+};
+
+struct BF16 : Stored<uint16_t, 2> {
+  static float widen(uint16_t x) { return bf16_to_float(x); }
+  static F32x16 widen(U32x16 words, int i) { return bit_cast<F32x16>(i ? words & 0xffff0000u : words << 16); }
+};
+
+struct Int8 : Stored<int8_t, 4> {
+  static F32x16 widen(U32x16 words, int i) { return to_float(bit_cast<I32x16>(words << (24 - 8 * i)) >> 24); }
+};
+
+// float32, whatever the cache holds.
+template <class C>
+struct Wide {
+  typedef C Cache;
+  typedef F32x16 Sum;
+  static constexpr int kParts = C::kTogether, kLimbs = 1;
+  static constexpr bool kFixed = false, kNarrow = false;
+  static F32x16 key(U32x16 words, int part) { return C::widen(words, part); }
+  static F32x16 value(U32x16 words, int part) { return C::widen(words, part); }
+  static Sum dot_key(Sum sum, F32x16 k, uint32_t q) { return fma(splat(bit_cast<float>(q)), k, sum); }
+  static Sum dot_value(Sum sum, F32x16 v, uint32_t p) { return fma(splat(bit_cast<float>(p)), v, sum); }
+};
+
+#if defined(__AVX512BF16__)
+// bfloat16 by bfloat16, added in float32.
+struct Narrow {
+  typedef BF16 Cache;
+  typedef F32x16 Sum;
+  static constexpr int kParts = 1, kLimbs = 1;
+  static constexpr bool kFixed = false, kNarrow = true;
+  static U32x16 key(U32x16 words, int) { return words; }
+  static U32x16 value(U32x16 words, int) { return words; }
+  static Sum dot_key(Sum sum, U32x16 k, uint32_t q) {
+    return (Sum)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(q)), (__m512bh)k);
+  }
+  static Sum dot_value(Sum sum, U32x16 v, uint32_t p) { return dot_key(sum, v, p); }
+};
+#endif
+
+#if defined(__AVX512VNNI__)
+// int8 by fixed-point numbers of L bytes: 16 bits lose less than bfloat16 does, 24 bits about what float32 does.
+template <int L>
+struct Fixed {
+  typedef Int8 Cache;
+  typedef I32x16 Sum;
+  static constexpr int kParts = 1, kLimbs = L;
+  static constexpr bool kFixed = true, kNarrow = false;
+  static constexpr int32_t kUnit = 1 << (8 * (L - 1));  // of the highest byte
+  // One operand has to be unsigned. Weights are; to keys 128 is added, which the biases of a query take off again.
+  static U32x16 key(U32x16 words, int) { return words ^ 0x80808080u; }
+  static U32x16 value(U32x16 words, int) { return words; }
+  static Sum dot_key(Sum sum, U32x16 k, uint32_t q) {
+    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)k, _mm512_set1_epi32(static_cast<int>(q)));
+  }
+  static Sum dot_value(Sum sum, U32x16 v, uint32_t p) {
+    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(static_cast<int>(p)), (__m512i)v);
+  }
+  static F32x16 join(const I32x16* limbs) {  // the highest first
+    F32x16 value = to_float(limbs[0]);
+    for (int l = 1; l < L; ++l) value = fma(value, splat(256.0f), to_float(limbs[l]));
+    return value;
+  }
+};
+#endif
+
+// --- tiles -----------------------------------------------------------------------------------------------------------
+
+// Lines that will be read after those at hand: one is fetched for every line that a tile reads. Into the second-level
+// cache, as the first level cannot wait for enough of them at a time to use the memory's bandwidth.
+struct Ahead {
+  const char* at;
+  int64_t step;  // bytes from line to line
+  void fetch(int64_t line) const { __builtin_prefetch(at + line * step, 0, 2); }
+};
+
+template <class A, int MR, int NV>
+void score_tile(const uint32_t* q, int64_t words, const uint32_t* const* keys, int64_t ldk, const Ahead* next,
+                const Ahead* values, uint32_t* scores) {
+  typename A::Sum c[MR][NV] = {};
+  for (int64_t w = 0; w < words; ++w) {
+    U32x16 b[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      b[v] = load<U32x16>(keys[v] + w * ldk);
+      next[v].fetch(w);
+      values[v].fetch(w);
+    }
+#pragma GCC unroll 4
+    for (int part = 0; part < A::kParts; ++part) {
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+        const uint32_t x = q[(m * words + w) * A::kParts + part];
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) c[m][v] = A::dot_key(c[m][v], A::key(b[v], part), x);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) store(scores + m * kChunk + v * kLanes, c[m][v]);
+}
+
+// The columns of a vector of values; the last ones overlap those before, so that no lane is past the head.
+inline int64_t column_of(int64_t vector, int64_t width) { return min(vector * kLanes, width - kLanes); }
+
+// What a tile of values takes: rows of weights, the scale of each row if they are fixed-point, and groups of values.
+struct Weighted {
+  const uint32_t* weights;
+  const float* scales;
+  const uint32_t* const* values;
+  const Ahead* next;
+  int64_t groups;
+  int64_t width;    // words of a row of values
+  int64_t vectors;  // of a row of values
+};
+
+// acc[R][NV] += weights[R] · values, for the NV vectors of columns from `first` on.
+template <class A, int R, int NV>
+void value_tile(const Weighted& t, int64_t first, float* acc, int64_t ld_acc) {
+  constexpr int MR = R * A::kLimbs, kWords = kGroup / A::Cache::kTogether;
+  typename A::Sum c[MR][NV] = {};
+  if constexpr (!A::kFixed) {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) c[m][v] = load<F32x16>(acc + m * ld_acc + v * kLanes);
+  }
+  int64_t column[NV];
+  for (int v = 0; v < NV; ++v) column[v] = column_of(first + v, t.width);
+  const uint32_t* weights = t.weights;
+  for (int64_t g = 0; g < t.groups; ++g) {
+    const uint32_t* from = t.values[g];
+    const Ahead next = t.next[g];
+    int64_t line = first;
+    for (int w = 0; w < kWords; ++w, from += t.width, line += t.vectors, weights += A::kParts) {
+      U32x16 b[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        b[v] = load<U32x16>(from + column[v]);
+        next.fetch(line + v);
+      }
+#pragma GCC unroll 4
+      for (int part = 0; part < A::kParts; ++part) {
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) {
+          const uint32_t x = weights[m * kChunk + part];
+#pragma GCC unroll 8
+          for (int v = 0; v < NV; ++v) c[m][v] = A::dot_value(c[m][v], A::value(b[v], part), x);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < R; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      float* to = acc + m * ld_acc + v * kLanes;
+      if constexpr (A::kFixed) {
+        typename A::Sum limbs[A::kLimbs];
+#pragma GCC unroll 3
+        for (int l = 0; l < A::kLimbs; ++l) limbs[l] = c[m * A::kLimbs + l][v];
+        store(to, fma(A::join(limbs), splat(t.scales[m]), load<F32x16>(to)));
+      } else {
+        store(to, c[m][v]);
+      }
+    }
+  }
+}
+
+// Vectors of columns beside `rows` rows: few rows take many, so that chains of additions overlap.
+constexpr int vectors_for(int rows) {
+  int n = 8;
+  while (n > 1 && n * rows > kTile) n /= 2;
+  return n;
+}
+
+template <class A, int R, int NV>
+void value_columns(const Weighted& t, int64_t first, float* acc, int64_t ld_acc) {
+  for (; first + NV <= t.vectors; first += NV) value_tile<A, R, NV>(t, first, acc + first * kLanes, ld_acc);
+  if constexpr (NV > 1) {
+    if (first < t.vectors) value_columns<A, R, NV / 2>(t, first, acc, ld_acc);
+  }
+}
+
+// Calls body with the compile-time number of rows that `rows` is.
+template <int R, typename Body>
+inline void with_rows(int64_t rows, const Body& body) {
+  if constexpr (R > 0) {
+    if (rows == R) return body.template operator()<R>();
+    with_rows<R - 1>(rows, body);
+  }
+}
+
+}  // namespace
+}  // namespace tenfold

@@ -1,0 +1,89 @@
+// Storing new keys and values in the pages of a cache.
+#pragma once
+
+#include "attention.h"
+#include "attention_tiles.h"
+#include "functions.h"
+
+namespace tenfold {
+namespace {
+
+template <class C>
+float finite(float x) {
+  const float largest = C::kTogether == 2 ? 3.38953139e38f : -kLowest;
+  if (x != x) return 0;
+  return x > largest ? largest : x < -largest ? -largest : x;
+}
+
+template <class C>
+typename C::Type narrowed(float x) {
+  if constexpr (C::kTogether == 2)
+    return float_to_bf16(x);
+  else
+    return x;
+}
+
+// `count` keys or values of one head, `ld_from` apart, to neighbouring slots; element d of slot i goes to place(d, i).
+template <class Q, class C, bool kValues, typename Place>
+void put_slots(const typename Q::Type* from, int64_t ld_from, int64_t count, int64_t K, typename C::Type* to,
+               float* scales, const Place& place) {
+  const auto read = [&](int64_t i, int64_t d) {
+    const float x = Q::widen(from[i * ld_from + d]);
+    return kValues ? finite<C>(x) : x;
+  };
+  if constexpr (C::kTogether == 4) {
+    for (int64_t i = 0; i < count; ++i) {
+      float peak = 0, nan = 0;
+      for (int64_t d = 0; d < K; ++d) {
+        const float magnitude = __builtin_fabsf(read(i, d));
+        peak = magnitude > peak ? magnitude : peak;
+        nan += magnitude * 0.0f;
+      }
+      const float inverse = peak > 1e-30f && nan == 0 ? 127.0f / peak : 0;
+      for (int64_t d = 0; d < K; ++d) {
+        const float code = inverse > 0 ? read(i, d) * inverse + kRounder - kRounder : 0.0f;
+        to[place(d, i)] = static_cast<int8_t>(static_cast<int32_t>(code));
+      }
+      scales[i] = peak / 127.0f + nan;
+    }
+  } else {
+    for (int64_t d = 0; d < K; ++d)
+      for (int64_t i = 0; i < count; ++i) to[place(d, i)] = narrowed<C>(read(i, d));
+  }
+}
+
+template <class Q, class C>
+void write_as(const Attention& a, const NewTokens& n) {
+  constexpr int64_t u = C::kTogether;
+  const int64_t ld = a.J * a.K, B = a.B, K = a.K;
+  for (int64_t done = 0; done < n.count;) {
+    const int64_t position = n.position + done, slot = position % B, count = min(n.count - done, B - slot);
+    const int64_t page = a.tables[n.row * a.N + position / B];
+    for (int64_t j = 0; j < a.J && page >= 0 && page < a.P; ++j) {
+      const int64_t block = page * a.J + j, from = (n.token + done) * ld + j * K;
+      float* key_scales = u == 4 ? a.key_scales + block * B + slot : nullptr;
+      float* value_scales = u == 4 ? a.value_scales + block * B + slot : nullptr;
+      put_slots<Q, C, false>(static_cast<const typename Q::Type*>(n.keys) + from, ld, count, K,
+                             static_cast<typename C::Type*>(a.keys) + block * B * K, key_scales,
+                             [&](int64_t d, int64_t i) { return (d / u * B + slot + i) * u + d % u; });
+      put_slots<Q, C, true>(static_cast<const typename Q::Type*>(n.values) + from, ld, count, K,
+                            static_cast<typename C::Type*>(a.values) + block * B * K, value_scales,
+                            [&](int64_t d, int64_t i) { return ((slot + i) / u * K + d) * u + (slot + i) % u; });
+    }
+    done += count;
+  }
+}
+
+template <class Q>
+void write_from(const Attention& a, const NewTokens& n) {
+  if (a.cache_type == Element::kInt8) return write_as<Q, Int8>(a, n);
+  if (a.cache_type == Element::kBF16) return write_as<Q, BF16>(a, n);
+  write_as<Q, F32>(a, n);
+}
+
+void write(const Attention& a, const NewTokens& n) {
+  a.query_type == Element::kF32 ? write_from<F32>(a, n) : write_from<BF16>(a, n);
+}
+
+}  // namespace
+}  // namespace tenfold

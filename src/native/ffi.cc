@@ -1,0 +1,289 @@
+// The operations as XLA calls them.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace tenfold {
+namespace {
+
+struct InstructionSet {
+  const Kernels* kernels;
+  const NormKernels* norms;
+};
+
+// Widest first; what this machine can run.
+std::vector<InstructionSet> supported() {
+  std::vector<InstructionSet> found;
+#if defined(TENFOLD_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd") &&
+      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) {
+    found.push_back({&avx512_kernels, &avx512_norms});
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({&avx2_kernels, &avx2_norms});
+#endif
+  found.push_back({&baseline_kernels, &baseline_norms});
+  return found;
+}
+
+std::atomic<int>& chosen() {
+  static std::atomic<int> place{0};
+  return place;
+}
+
+const InstructionSet& instruction_set() {
+  static const std::vector<InstructionSet> all = supported();
+  return all[static_cast<size_t>(chosen().load(std::memory_order_relaxed))];
+}
+
+const Kernels& kernels() { return *instruction_set().kernels; }
+const NormKernels& norms() { return *instruction_set().norms; }
+
+constexpr int64_t kRows = 192;        // rows of one task: their sums stay in the first-level cache
+constexpr int64_t kTaskBytes = 1 << 16;  // of weights that one task reads at least
+
+// Memory of one thread that calls keep between them; XLA's threads live as long as the process.
+template <typename T>
+T* scratch(size_t size) {
+  thread_local std::vector<T> memory;
+  if (memory.size() < size) memory.resize(size);
+  return memory.data();
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A weight and where its product goes.
+struct Product {
+  const uint8_t* data;
+  const float* scales;
+  const float* mins;
+  ffi::AnyBuffer out;
+  int64_t columns;
+  int64_t panel_bytes;
+  int64_t panel_scales;  // floats
+  int64_t first;         // of its panels, counted over all weights of the call
+};
+
+ffi::Error invalid(const char* what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, what); }
+
+// Cuts all panels of a call, times its rows, into tasks, and runs `compute(product, panel, row, rows, acc)` for each.
+template <typename Compute>
+void run_products(ffi::ThreadPool& pool, const std::vector<Product>& products, int64_t M, const Compute& compute) {
+  const Kernels& k = kernels();
+  int64_t panels = 0;
+  for (const Product& p : products) panels += ceil_div(p.columns, kPanel);
+  const int64_t per_task = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, products[0].panel_bytes * M));
+  const int64_t parts = ceil_div(M, kRows), rows = ceil_div(M, parts);
+  const int64_t tasks = ceil_div(panels, per_task);
+  parallel_for(pool, tasks * parts, [&](int64_t task) {
+    const int64_t first = task / parts * per_task, row = task % parts * rows;
+    const int64_t count = std::min(rows, M - row);
+    float* acc = scratch<float>(static_cast<size_t>(rows * kPanel));
+    for (int64_t panel = first; panel < std::min(first + per_task, panels); ++panel) {
+      const Product& p = *std::find_if(products.rbegin(), products.rend(),
+                                       [panel](const Product& each) { return each.first <= panel; });
+      const int64_t at = panel - p.first, column = at * kPanel;
+      compute(p, at, row, count, acc);
+      const int64_t columns = std::min(kPanel, p.columns - column);
+      void* base = p.out.untyped_data();
+      if (p.out.element_type() == ffi::F32) {
+        k.store_f32(acc, count, columns, static_cast<float*>(base) + row * p.columns + column, p.columns);
+      } else {
+        k.store_bf16(acc, count, columns, static_cast<uint16_t*>(base) + row * p.columns + column, p.columns);
+      }
+    }
+  });
+}
+
+bool is_float(ffi::DataType type) { return type == ffi::F32 || type == ffi::BF16; }
+
+// Outputs, one for each weight, in `products`; `per_weight` arguments belong to each.
+ffi::Error collect(ffi::RemainingArgs& args, ffi::RemainingRets& rets, int64_t M, size_t per_weight,
+                   std::vector<Product>& products) {
+  if (rets.size() == 0 || args.size() != rets.size() * per_weight) return invalid("a product has no output or weight");
+  int64_t first = 0;
+  for (size_t i = 0; i < rets.size(); ++i) {
+    auto out = rets.get<ffi::AnyBuffer>(i);
+    auto weight = args.get<ffi::AnyBuffer>(i * per_weight);
+    if (!out.has_value() || !weight.has_value()) return invalid("a product's buffer cannot be read");
+    const auto dims = (*out)->dimensions();
+    if (dims.size() != 2 || dims[0] != M || !is_float((*out)->element_type())) return invalid("a product's output does not match");
+    const int64_t panels = ceil_div(dims[1], kPanel);
+    if (panels == 0 || weight->size_bytes() % panels) return invalid("a weight does not have its output's panels");
+    Product p{static_cast<const uint8_t*>(weight->untyped_data()), nullptr, nullptr, **out, dims[1],
+              static_cast<int64_t>(weight->size_bytes()) / panels, 0, first};
+    for (size_t extra = 1; extra < per_weight; ++extra) {
+      auto scales = args.get<ffi::AnyBuffer>(i * per_weight + extra);
+      if (!scales.has_value() || scales->element_type() != ffi::F32) return invalid("scales must be float32");
+      (extra == 1 ? p.scales : p.mins) = scales->typed_data<float>();
+      const int64_t floats = static_cast<int64_t>(scales->element_count()) / panels;
+      if (extra == 2 && floats != p.panel_scales) return invalid("there must be as many mins as scales");
+      p.panel_scales = floats;
+    }
+    products.push_back(p);
+    first += panels;
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  if (x.dimensions().size() != 2 || !is_float(x.element_type())) return invalid("x must be a matrix of floats");
+  const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
+  std::vector<Product> products;
+  if (auto error = collect(args, rets, M, 1, products); error.failure()) return error;
+  const bool wide_x = x.element_type() == ffi::F32;
+  const int64_t narrow = (K + K % 2) * kPanel * 2, wide = K * kPanel * 4;
+  const bool wide_weights = args.get<ffi::AnyBuffer>(0)->element_type() == ffi::F32;
+  if (wide_weights && !wide_x) return invalid("float32 weights need float32 activations");
+  for (size_t i = 0; i < products.size(); ++i) {
+    if (args.get<ffi::AnyBuffer>(i)->element_type() != (wide_weights ? ffi::F32 : ffi::BF16)) {
+      return invalid("weights of one call must be all float32 or all bfloat16");
+    }
+    if (products[i].panel_bytes != (wide_weights ? wide : narrow)) return invalid("a weight's panels have the wrong size");
+  }
+  const Kernels& k = kernels();
+  run_products(pool, products, M, [&](const Product& p, int64_t panel, int64_t row, int64_t rows, float* acc) {
+    const uint8_t* w = p.data + panel * p.panel_bytes;
+    if (!wide_x) {
+      const uint16_t* from = static_cast<const uint16_t*>(x.untyped_data()) + row * K;
+      k.product_bf16(from, K, rows, K, reinterpret_cast<const uint16_t*>(w), acc);
+    } else if (wide_weights) {
+      const float* from = static_cast<const float*>(x.untyped_data()) + row * K;
+      k.product_f32(from, K, rows, K, reinterpret_cast<const float*>(w), acc);
+    } else {
+      const float* from = static_cast<const float*>(x.untyped_data()) + row * K;
+      k.product_f32_bf16(from, K, rows, K, reinterpret_cast<const uint16_t*>(w), acc);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error matmul_quantized(ffi::ThreadPool pool, int64_t bits, int64_t group, int64_t zero, bool affine,
+                            ffi::AnyBuffer x, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  if (x.dimensions().size() != 2 || !is_float(x.element_type())) return invalid("x must be a matrix of floats");
+  if ((bits != 4 && bits != 8) || group <= 0 || group % 8) return invalid("the weights' format is unknown");
+  const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
+  std::vector<Product> products;
+  if (auto error = collect(args, rets, M, affine ? 3 : 2, products); error.failure()) return error;
+  // Activations share a scale with at most 128 neighbours, within one group of weights.
+  const int64_t shared = std::min<int64_t>(group, 128);
+  if (group % shared) return invalid("a group above 128 must be a multiple of 128");
+  const int64_t inputs = ceil_div(K, shared) * shared, groups = inputs / shared;
+  for (const Product& p : products) {
+    if (p.panel_bytes != inputs * kPanel * bits / 8) return invalid("a weight's panels have the wrong size");
+    if (p.panel_scales != ceil_div(inputs, group) * kPanel) return invalid("a weight has the wrong number of scales");
+  }
+  const Kernels& k = kernels();
+  int8_t* codes = scratch<int8_t>(static_cast<size_t>(M * inputs));
+  std::vector<float> scales(static_cast<size_t>(M * groups));
+  std::vector<int32_t> sums(static_cast<size_t>(M * groups));
+  const int64_t rows_per_task = std::max<int64_t>(1, 8192 / inputs);
+  parallel_for(pool, ceil_div(M, rows_per_task), [&](int64_t task) {
+    for (int64_t m = task * rows_per_task; m < std::min((task + 1) * rows_per_task, M); ++m) {
+      if (x.element_type() == ffi::F32) {
+        k.quantize_f32(static_cast<const float*>(x.untyped_data()) + m * K, K, shared, codes + m * inputs,
+                       scales.data() + m * groups, sums.data() + m * groups);
+      } else {
+        k.quantize_bf16(static_cast<const uint16_t*>(x.untyped_data()) + m * K, K, shared, codes + m * inputs,
+                        scales.data() + m * groups, sums.data() + m * groups);
+      }
+    }
+  });
+  run_products(pool, products, M, [&](const Product& p, int64_t panel, int64_t row, int64_t rows, float* acc) {
+    const QuantizedRows from{codes + row * inputs, scales.data() + row * groups, sums.data() + row * groups, shared};
+    const QuantizedPanel to{p.data + panel * p.panel_bytes, p.scales + panel * p.panel_scales,
+                            affine ? p.mins + panel * p.panel_scales : nullptr, group, static_cast<int32_t>(zero),
+                            static_cast<int>(bits)};
+    k.product_quantized(from, rows, inputs, to, acc);
+  });
+  return ffi::Error::Success();
+}
+
+constexpr int64_t kNormTask = 4096;  // values that one task normalises at least
+
+ffi::Error rms_norm(ffi::ThreadPool pool, float eps, float offset, bool weight_last, ffi::AnyBuffer x,
+                    ffi::AnyBuffer weight, ffi::Result<ffi::AnyBuffer> out) {
+  if (!is_float(x.element_type()) || weight.element_type() != x.element_type() ||
+      out->element_type() != x.element_type()) {
+    return invalid("x, weight and output must be all float32 or all bfloat16");
+  }
+  const int64_t D = static_cast<int64_t>(weight.element_count());
+  const int64_t total = static_cast<int64_t>(x.element_count());
+  if (D == 0 || total % D || static_cast<int64_t>(out->element_count()) != total) {
+    return invalid("the weight does not match the last dim of x");
+  }
+  const NormKernels& k = norms();
+  const int64_t rows = total / D, per_task = std::max<int64_t>(1, kNormTask / D);
+  parallel_for(pool, ceil_div(rows, per_task), [&](int64_t task) {
+    for (int64_t row = task * per_task; row < std::min(rows, (task + 1) * per_task); ++row) {
+      if (x.element_type() == ffi::F32) {
+        k.rms_norm_f32(x.typed_data<float>() + row * D, weight.typed_data<float>(), D, eps, offset, weight_last,
+                       out->typed_data<float>() + row * D);
+      } else {
+        k.rms_norm_bf16(static_cast<const uint16_t*>(x.untyped_data()) + row * D,
+                        static_cast<const uint16_t*>(weight.untyped_data()), D, eps, offset, weight_last,
+                        static_cast<uint16_t*>(out->untyped_data()) + row * D);
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace tenfold
+
+#define TENFOLD_PUBLIC extern "C" __attribute__((visibility("default")))
+
+TENFOLD_PUBLIC XLA_FFI_Error* tenfold_matmul(XLA_FFI_CallFrame*);
+TENFOLD_PUBLIC XLA_FFI_Error* tenfold_matmul_quantized(XLA_FFI_CallFrame*);
+TENFOLD_PUBLIC XLA_FFI_Error* tenfold_rms_norm(XLA_FFI_CallFrame*);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    tenfold_matmul, tenfold::matmul,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tenfold_matmul_quantized, tenfold::matmul_quantized,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("zero")
+                                  .Attr<bool>("affine")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tenfold_rms_norm, tenfold::rms_norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("eps")
+                                  .Attr<float>("offset")
+                                  .Attr<bool>("weight_last")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+TENFOLD_PUBLIC const char* tenfold_instruction_set() {
+  return tenfold::kernels().name;
+}
+
+// Makes later calls use another instruction set that the machine has; returns whether it does.
+TENFOLD_PUBLIC bool tenfold_use(const char* name) {
+  const auto all = tenfold::supported();
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (std::string_view(all[i].kernels->name) == name) {
+      tenfold::chosen().store(static_cast<int>(i));
+      return true;
+    }
+  }
+  return false;
+}

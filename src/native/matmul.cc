@@ -1,0 +1,340 @@
+// The inner loops of matrix products; compiled once per instruction set.
+#include "kernels.h"
+#include "vector.h"
+
+#ifndef TENFOLD_INSTRUCTION_SET
+#error "TENFOLD_INSTRUCTION_SET names what this is compiled for: baseline, avx2 or avx512"
+#endif
+
+namespace tenfold {
+namespace {
+
+// A tile of MR rows by NV vectors of columns stays in registers, beside NV vectors of weights and one broadcast.
+#if defined(__AVX512F__)
+constexpr int kMaxRows = 12, kVectors = 2;
+#else
+constexpr int kMaxRows = 6, kVectors = 1;
+#endif
+
+constexpr int64_t kInputs = 2048;   // inputs per pass: a panel's part of this length stays in the second-level cache
+constexpr int64_t kAhead = 2048;  // bytes; the hardware's own prefetching alone leaves a tenth of the bandwidth unused
+
+inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kAhead, 0, 3); }
+
+// --- multiply and add ------------------------------------------------------------------------------------------------
+
+inline F32x16 dot_bf16(F32x16 acc, U32x16 w, uint32_t x) {
+#if defined(__AVX512BF16__)
+  return (F32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), (__m512bh)w);
+#else
+  acc = fma(splat(bit_cast<float>(x << 16)), bit_cast<F32x16>(w << 16), acc);
+  return fma(splat(bit_cast<float>(x & 0xffff0000u)), bit_cast<F32x16>(w & 0xffff0000u), acc);
+#endif
+}
+
+// acc += Σ over four neighbours of code (unsigned) times x (signed).
+inline I32x16 dot_int8(I32x16 acc, U32x16 w, int32_t x) {
+#if defined(__AVX512VNNI__)
+  return (I32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+#elif defined(__AVX2__)
+  // Two of four codes at a time as 16-bit words, whose products cannot overflow 32 bits.
+  const int even = static_cast<int>(static_cast<uint16_t>(static_cast<int8_t>(x)) |
+                                    (static_cast<uint32_t>(static_cast<int8_t>(x >> 16)) << 16));
+  const int odd = static_cast<int>(static_cast<uint16_t>(static_cast<int8_t>(x >> 8)) |
+                                   (static_cast<uint32_t>(static_cast<int8_t>(x >> 24)) << 16));
+  union { U32x16 whole; __m256i half[2]; } in{w};
+  union { I32x16 whole; __m256i half[2]; } sum{acc};
+  for (int i = 0; i < 2; ++i) {
+    const __m256i low = _mm256_and_si256(in.half[i], _mm256_set1_epi32(0x00ff00ff));
+    const __m256i high = _mm256_srli_epi16(in.half[i], 8);
+    sum.half[i] = _mm256_add_epi32(sum.half[i], _mm256_madd_epi16(low, _mm256_set1_epi32(even)));
+    sum.half[i] = _mm256_add_epi32(sum.half[i], _mm256_madd_epi16(high, _mm256_set1_epi32(odd)));
+  }
+  return sum.whole;
+#else
+  for (int i = 0; i < 4; ++i) {
+    acc += bit_cast<I32x16>((w >> (8 * i)) & 0xffu) * static_cast<int32_t>(static_cast<int8_t>(x >> (8 * i)));
+  }
+  return acc;
+#endif
+}
+
+// --- tiles -----------------------------------------------------------------------------------------------------------
+
+template <int MR, int NV>
+void tile_f32(const float* x, int64_t ldx, int64_t K, const float* w, float* acc) {
+  F32x16 c[MR][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) c[m][v] = load<F32x16>(acc + m * kPanel + v * kLanes);
+  for (int64_t k = 0; k < K; ++k) {
+    F32x16 b[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      b[v] = load<F32x16>(w + k * kPanel + v * kLanes);
+      prefetch(w + k * kPanel + v * kLanes);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const F32x16 a = splat(x[m * ldx + k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) c[m][v] = fma(a, b[v], c[m][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) store(acc + m * kPanel + v * kLanes, c[m][v]);
+}
+
+template <int MR, int NV>
+void tile_bf16(const uint16_t* x, int64_t ldx, int64_t K, const uint16_t* w, float* acc) {
+  F32x16 c[MR][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) c[m][v] = load<F32x16>(acc + m * kPanel + v * kLanes);
+  for (int64_t k = 0; k + 1 < K; k += 2) {
+    U32x16 b[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      b[v] = load<U32x16>(w + k * kPanel + 2 * v * kLanes);
+      prefetch(w + k * kPanel + 2 * v * kLanes);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      uint32_t a;
+      std::memcpy(&a, x + m * ldx + k, sizeof(a));
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) c[m][v] = dot_bf16(c[m][v], b[v], a);
+    }
+  }
+  if (K % 2) {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v)
+        c[m][v] = dot_bf16(c[m][v], load<U32x16>(w + (K - 1) * kPanel + 2 * v * kLanes), x[m * ldx + K - 1]);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) store(acc + m * kPanel + v * kLanes, c[m][v]);
+}
+
+// One group of `group` inputs: acc += x's scale · (weights' scale · Σ codes − min · Σ x).
+template <int MR, int NV>
+void tile_int8(const int8_t* x, int64_t ldx, const float* x_scales, const int32_t* x_sums, int64_t ld_groups,
+               int64_t group, const uint8_t* w, const float* scales, const float* mins, int32_t zero, float* acc) {
+  I32x16 c[MR][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) {
+    const int32_t start = mins ? 0 : -zero * x_sums[m * ld_groups];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) c[m][v] = I32x16{} + start;
+  }
+  for (int64_t k = 0; k < group; k += 4) {
+    U32x16 b[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      b[v] = load<U32x16>(w + k * kPanel + 4 * v * kLanes);
+      prefetch(w + k * kPanel + 4 * v * kLanes);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      int32_t a;
+      std::memcpy(&a, x + m * ldx + k, sizeof(a));
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) c[m][v] = dot_int8(c[m][v], b[v], a);
+    }
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; ++v) {
+    const F32x16 scale = load<F32x16>(scales + v * kLanes);
+    const F32x16 min = mins ? load<F32x16>(mins + v * kLanes) : F32x16{};
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      float* out = acc + m * kPanel + v * kLanes;
+      F32x16 part = to_float(c[m][v]) * scale;
+      if (mins) part = fma(min, splat(static_cast<float>(-x_sums[m * ld_groups])), part);
+      store(out, fma(part, splat(x_scales[m * ld_groups]), load<F32x16>(out)));
+    }
+  }
+}
+
+// --- rows of tiles ---------------------------------------------------------------------------------------------------
+
+// Calls body with the compile-time number of rows that `rows` is.
+template <int MR, typename Body>
+inline void with_rows(int64_t rows, const Body& body) {
+  if constexpr (MR > 0) {
+    if (rows == MR) return body.template operator()<MR>();
+    with_rows<MR - 1>(rows, body);
+  }
+}
+
+// Splits M rows into tiles of nearly equal height: 13 rows are 7 and 6, not 12 and 1.
+template <typename Body>
+inline void for_tiles(int64_t M, const Body& body) {
+  const int64_t tiles = (M + kMaxRows - 1) / kMaxRows;
+  for (int64_t t = 0, m = 0; t < tiles; ++t) {
+    const int64_t rows = (M - m + tiles - t - 1) / (tiles - t);
+    with_rows<kMaxRows>(rows, [&]<int MR>() { body.template operator()<MR>(m); });
+    m += rows;
+  }
+}
+
+template <typename Body>
+inline void for_columns(const Body& body) {
+  for (int64_t column = 0; column < kPanel; column += kVectors * kLanes) body(column);
+}
+
+void clear(float* acc, int64_t M) { std::memset(acc, 0, static_cast<size_t>(M * kPanel) * sizeof(float)); }
+
+void product_f32(const float* x, int64_t ldx, int64_t M, int64_t K, const float* panel, float* acc) {
+  clear(acc, M);
+  for (int64_t k = 0; k < K; k += kInputs) {
+    const int64_t part = K - k < kInputs ? K - k : kInputs;
+    for_tiles(M, [&]<int MR>(int64_t m) {
+      for_columns([&](int64_t column) {
+        tile_f32<MR, kVectors>(x + m * ldx + k, ldx, part, panel + k * kPanel + column, acc + m * kPanel + column);
+      });
+    });
+  }
+}
+
+void product_bf16(const uint16_t* x, int64_t ldx, int64_t M, int64_t K, const uint16_t* panel, float* acc) {
+  clear(acc, M);
+  for (int64_t k = 0; k < K; k += kInputs) {
+    const int64_t part = K - k < kInputs ? K - k : kInputs;
+    for_tiles(M, [&]<int MR>(int64_t m) {
+      for_columns([&](int64_t column) {
+        tile_bf16<MR, kVectors>(x + m * ldx + k, ldx, part, panel + k * kPanel + 2 * column,
+                                acc + m * kPanel + column);
+      });
+    });
+  }
+}
+
+void product_f32_bf16(const float* x, int64_t ldx, int64_t M, int64_t K, const uint16_t* panel, float* acc) {
+  constexpr int64_t kPart = 128;  // inputs whose weights are widened at a time, into the first-level cache
+  alignas(64) float wide[kPart * kPanel];
+  clear(acc, M);
+  for (int64_t k = 0; k < K; k += kPart) {
+    const int64_t part = K - k < kPart ? K - k : kPart;
+    for (int64_t i = 0; i < part; i += 2) {
+      for (int64_t column = 0; column < kPanel; column += kLanes) {
+        const uint16_t* at = panel + (k + i) * kPanel + 2 * column;
+        prefetch(at);
+        const U32x16 pair = load<U32x16>(at);
+        store(wide + i * kPanel + column, pair << 16);
+        store(wide + (i + 1) * kPanel + column, pair & 0xffff0000u);
+      }
+    }
+    for_tiles(M, [&]<int MR>(int64_t m) {
+      for_columns([&](int64_t column) {
+        tile_f32<MR, kVectors>(x + m * ldx + k, ldx, part, wide + column, acc + m * kPanel + column);
+      });
+    });
+  }
+}
+
+// Inputs of one panel: nibbles to bytes, in the order of the 8-bit layout.
+void widen_int4(const uint8_t* codes, int64_t inputs, uint8_t* wide) {
+  for (int64_t k = 0; k < inputs; k += 8) {
+    for (int64_t column = 0; column < kPanel; column += kLanes) {
+      const uint8_t* at = codes + k / 2 * kPanel + 4 * column;
+      prefetch(at);
+      const U32x16 both = load<U32x16>(at);
+      store(wide + k * kPanel + 4 * column, both & 0x0f0f0f0fu);
+      store(wide + (k + 4) * kPanel + 4 * column, (both >> 4) & 0x0f0f0f0fu);
+    }
+  }
+}
+
+void product_quantized(const QuantizedRows& x, int64_t M, int64_t K, const QuantizedPanel& panel, float* acc) {
+  alignas(64) uint8_t wide[128 * kPanel];
+  const int64_t groups = K / x.group;
+  clear(acc, M);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t k = g * x.group;
+    const int64_t of = k / panel.group * kPanel;  // the weights' group
+    const uint8_t* w = panel.codes + k * kPanel;
+    if (panel.bits == 4) {
+      widen_int4(panel.codes + k / 2 * kPanel, x.group, wide);
+      w = wide;
+    }
+    for_tiles(M, [&]<int MR>(int64_t m) {
+      for_columns([&](int64_t column) {
+        tile_int8<MR, kVectors>(x.codes + m * K + k, K, x.scales + m * groups + g, x.sums + m * groups + g, groups,
+                                x.group, w + 4 * column, panel.scales + of + column,
+                                panel.mins ? panel.mins + of + column : nullptr, panel.zero,
+                                acc + m * kPanel + column);
+      });
+    });
+  }
+}
+
+// --- activations and outputs -----------------------------------------------------------------------------------------
+
+inline float widen(float x) { return x; }
+inline float widen(uint16_t x) { return bf16_to_float(x); }
+
+template <typename T>
+void quantize(const T* x, int64_t K, int64_t group, int8_t* codes, float* scales, int32_t* sums) {
+  const int64_t padded = (K + group - 1) / group * group;
+  for (int64_t start = 0; start < padded; start += group) {
+    const int64_t end = start + group < K ? start + group : K;
+    float peak = 0;
+    for (int64_t k = start; k < end; ++k) {
+      const float magnitude = __builtin_fabsf(widen(x[k]));
+      peak = magnitude > peak ? magnitude : peak;
+    }
+    // What is not finite must not become a harmless number: a scale of NaN makes the outputs NaN.
+    float finite = 0;
+    for (int64_t k = start; k < end; ++k) finite += widen(x[k]) * 0.0f;
+    const float inverse = peak > 0 && finite == 0 ? 127.0f / peak : 0;
+    int32_t sum = 0;
+    for (int64_t k = start; k < end; ++k) {
+      const float scaled = widen(x[k]) * inverse;
+      const int32_t code = static_cast<int32_t>(inverse > 0 ? scaled + __builtin_copysignf(0.5f, scaled) : 0.0f);
+      codes[k] = static_cast<int8_t>(code);
+      sum += code;
+    }
+    for (int64_t k = end; k < start + group; ++k) codes[k] = 0;
+    scales[start / group] = peak / 127.0f + finite;
+    sums[start / group] = sum;
+  }
+}
+
+void store_f32(const float* acc, int64_t M, int64_t columns, float* out, int64_t ldo) {
+  for (int64_t m = 0; m < M; ++m)
+    std::memcpy(out + m * ldo, acc + m * kPanel, static_cast<size_t>(columns) * sizeof(float));
+}
+
+void store_bf16(const float* acc, int64_t M, int64_t columns, uint16_t* out, int64_t ldo) {
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t n = 0; n < columns; ++n) out[m * ldo + n] = float_to_bf16(acc[m * kPanel + n]);
+}
+
+}  // namespace
+
+#define TENFOLD_STRING_(x) #x
+#define TENFOLD_STRING(x) TENFOLD_STRING_(x)
+#define TENFOLD_JOIN_(a, b) a##b
+#define TENFOLD_JOIN(a, b) TENFOLD_JOIN_(a, b)
+
+const Kernels TENFOLD_JOIN(TENFOLD_INSTRUCTION_SET, _kernels) = {
+    TENFOLD_STRING(TENFOLD_INSTRUCTION_SET),
+    product_f32,
+    product_bf16,
+    product_f32_bf16,
+    product_quantized,
+    quantize<float>,
+    quantize<uint16_t>,
+    store_f32,
+    store_bf16,
+};
+
+}  // namespace tenfold

@@ -1,0 +1,232 @@
+"""Products of activations with weights, whatever format the weights are in.
+
+A weight is a plain matrix, a `QuantizedWeight`, or, on a CPU with the native operations, a `PackedWeight`: either of
+them, repacked once into the panels that the native loops read from first to last. `reference` defines the result.
+
+The native products of quantised weights round the activations to 8 bits too, in groups of at most 128 inputs, which is
+off by at most 1/254 of the group's largest. All others compute with the activations as they are.
+
+Dims: M rows of activations, D inputs, N outputs, P panels of 32 outputs, G groups of inputs that share a scale.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt8
+
+from tenfold.kernels import native
+
+PANEL = 32  # outputs of a panel; as in src/native/kernels.h
+TOGETHER = {32: 1, 16: 2, 8: 4, 4: 8}  # inputs that stand together in a panel, by the bits of a weight
+MAX_SHARED = 128  # inputs whose activations share a scale, at most
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "scales", "mins"], meta_fields=["bits", "zero", "dims"]
+)
+@dataclass(frozen=True, kw_only=True)
+class QuantizedWeight:
+    """weight = scale · (code - zero), or scale · code - min where there are mins.
+
+    Attributes:
+        codes: uint8 [D, N]; of 4 bits, [D / 2, N] with the even input in the low half of a byte.
+        scales: float32 [G, N]; D / G inputs share one.
+        mins: float32 [G, N], or None.
+        bits: 8 or 4.
+        zero: the code of 0 where there are no mins.
+        dims: the output dims, whose product is N.
+    """
+
+    codes: Any  # not always arrays: jax also puts shapes and shardings into these places
+    scales: Any
+    mins: Any = None
+    bits: int
+    zero: int
+    dims: tuple[int, ...]
+
+    @property
+    def inputs(self) -> int:
+        return self.codes.shape[0] * 8 // self.bits
+
+    @property
+    def group(self) -> int:
+        return self.inputs // self.scales.shape[0]
+
+    def unpacked(self) -> UInt8[Array, "D N"]:
+        """The codes, one per byte."""
+        if self.bits == 8:
+            return self.codes
+        return jnp.stack([self.codes & 15, self.codes >> 4], axis=1).reshape(self.inputs, -1)
+
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "D N"]:
+        """The weights as numbers."""
+        codes = self.unpacked().astype(jnp.float32).reshape(-1, self.group, self.codes.shape[1])
+        if self.mins is None:
+            values = (codes - self.zero) * self.scales[:, None]
+        else:
+            values = codes * self.scales[:, None] - self.mins[:, None]
+        return values.reshape(self.inputs, -1).astype(dtype)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["data", "scales", "mins"],
+    meta_fields=["bits", "inputs", "group", "zero", "dims"],
+)
+@dataclass(frozen=True, kw_only=True)
+class PackedWeight:
+    """A weight in the panels of the native operations; see src/native/kernels.h for what stands where.
+
+    Attributes:
+        data: [P, D / k, 32, k], with k inputs together (for 4 bits two of them in a byte).
+        scales, mins: float32 [P, G, 32], or None.
+        bits: of a weight; 32 and 16 are float32 and bfloat16.
+        inputs: D, without padding.
+        group: inputs that share a scale; 0 without scales.
+        zero: as in `QuantizedWeight`.
+        dims: the output dims, whose product is N.
+    """
+
+    data: Any
+    scales: Any = None
+    mins: Any = None
+    bits: int
+    inputs: int
+    group: int = 0
+    zero: int = 0
+    dims: tuple[int, ...]
+
+    @property
+    def format(self) -> tuple[int, int, int, bool]:
+        """What weights must share to be multiplied in one call."""
+        return self.bits, self.group, self.zero, self.mins is not None
+
+
+Weight = jax.Array | QuantizedWeight | PackedWeight
+
+
+def output_dims(weight: Weight, inputs: int) -> tuple[int, ...]:
+    """The dims of an output of `weight`, whose leading dims are contracted with `inputs` inputs."""
+    if not isinstance(weight, jax.Array):
+        return weight.dims
+    leading = next(i for i in range(1, weight.ndim) if math.prod(weight.shape[:i]) == inputs)
+    return weight.shape[leading:]
+
+
+def reference(x: Float[Array, "M D"], weight: Weight, dtype: DTypeLike | None = None) -> Float[Array, "M N"]:
+    """The definition, in plain XLA: of a plain or quantised weight."""
+    assert not isinstance(weight, PackedWeight), "packed weights are for native products only"
+    if isinstance(weight, QuantizedWeight):
+        weight = weight.dequantize(x.dtype)
+    return jnp.matmul(x, weight.reshape(x.shape[1], -1), preferred_element_type=dtype)
+
+
+def matmul(x: Float[Array, "M D"], *weights: Weight, dtype: DTypeLike | None = None) -> tuple[Float[Array, "M _"], ...]:
+    """x · w for each weight; together, because one call over several costs little more than over one.
+
+    Args:
+        x: activations, float32 or bfloat16.
+        weights: of D inputs each.
+        dtype: of the results; x's by default.
+    """
+    results: list[jax.Array] = []
+    for packing, alike in itertools.groupby(weights, lambda w: w.format if isinstance(w, PackedWeight) else None):
+        if packing:
+            packed = [w for w in alike if isinstance(w, PackedWeight)]
+            results += _native(x, packed, jnp.dtype(dtype or x.dtype))
+        else:
+            results += [reference(x, w, dtype) for w in alike]
+    return tuple(results)
+
+
+def _native(x: jax.Array, weights: Sequence[PackedWeight], dtype: jnp.dtype) -> Sequence[jax.Array]:
+    assert native.library(), "packed weights need the native operations"
+    outputs = [jax.ShapeDtypeStruct((x.shape[0], math.prod(w.dims)), dtype) for w in weights]
+    arrays = [array for w in weights for array in (w.data, w.scales, w.mins) if array is not None]
+    first = weights[0]
+    if first.scales is None:
+        return jax.ffi.ffi_call("tenfold_matmul", outputs)(x, *arrays)
+    return jax.ffi.ffi_call("tenfold_matmul_quantized", outputs)(
+        x,
+        *arrays,
+        bits=np.int64(first.bits),
+        group=np.int64(first.group),
+        zero=np.int64(first.zero),
+        affine=first.mins is not None,
+    )
+
+
+def packs(weight: QuantizedWeight) -> bool:
+    """Whether the native operations have the weight's groups: of a multiple of 8 inputs, and above 128 of 128."""
+    return len(weight.scales) == 1 or weight.group % (8 if weight.group <= MAX_SHARED else MAX_SHARED) == 0
+
+
+def pack(weight: jax.Array | QuantizedWeight, dims: tuple[int, ...] | None = None) -> PackedWeight:
+    """Repacks a weight for the native operations.
+
+    Args:
+        weight: float32 or bfloat16 [D, N], or a quantised weight that `packs`.
+        dims: the output dims of a plain matrix; (N,) by default.
+    """
+    if isinstance(weight, QuantizedWeight):
+        return _pack_quantized(weight)
+    bits = weight.dtype.itemsize * 8
+    data = _panels(weight, TOGETHER[bits], 1)
+    return PackedWeight(data=data, bits=bits, inputs=weight.shape[0], dims=dims or (weight.shape[1],))
+
+
+@jax.jit
+def _pack_quantized(w: QuantizedWeight) -> PackedWeight:
+    whole = len(w.scales) == 1  # one scale for all inputs: a group of any length, padded
+    group = -(-w.inputs // MAX_SHARED) * MAX_SHARED if whole else w.group
+    data = _panels(w.unpacked(), TOGETHER[w.bits], min(group, MAX_SHARED))  # the padding meets activations of 0
+    if w.bits == 4:
+        data = data[..., :4] | (data[..., 4:] << 4)
+    scales = _columns(w.scales)
+    mins = None if w.mins is None else _columns(w.mins)
+    return PackedWeight(
+        data=data, scales=scales, mins=mins, bits=w.bits, inputs=w.inputs, group=group, zero=w.zero, dims=w.dims
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _panels(matrix: jax.Array, together: int, multiple: int) -> jax.Array:
+    """[D, N] as [P, D / k, 32, k], padded with zeros to a multiple of k and `multiple` inputs."""
+    D, N = matrix.shape
+    padded = jnp.pad(matrix, ((0, -D % max(together, multiple)), (0, -N % PANEL)))
+    return padded.reshape(-1, together, -(-N // PANEL), PANEL).transpose(2, 0, 3, 1)
+
+
+def _columns(groups: Float[Array, "G N"]) -> Float[Array, "P G 32"]:
+    G, N = groups.shape
+    return jnp.pad(groups, ((0, 0), (0, -N % PANEL))).reshape(G, -1, PANEL).transpose(1, 0, 2)
+
+
+def lookup(weight: Weight, columns: Int[Array, " T"], dtype: DTypeLike) -> Float[Array, "T D"]:
+    """The weights of single outputs: what an embedding that also serves as the last product is asked for."""
+    if isinstance(weight, QuantizedWeight):
+        rows = replace(weight, codes=weight.codes[:, columns], scales=weight.scales[:, columns],
+                       mins=None if weight.mins is None else weight.mins[:, columns])  # fmt: skip
+        return rows.dequantize(dtype).T
+    if not isinstance(weight, PackedWeight):
+        return weight[columns].astype(dtype)
+    panels, lanes = columns // PANEL, columns % PANEL
+    rows = weight.data[panels, :, lanes]  # T, D / k, k
+    if weight.scales is None:
+        return rows.reshape(len(columns), -1)[:, : weight.inputs].astype(dtype)
+    if weight.bits == 4:
+        rows = jnp.concatenate([rows & 15, rows >> 4], axis=-1)
+    codes = rows.reshape(len(columns), -1)[:, : weight.inputs].astype(jnp.float32)
+    groups = jnp.arange(weight.inputs) // weight.group
+    scales = weight.scales[panels, :, lanes][:, groups]
+    if weight.mins is None:
+        return ((codes - weight.zero) * scales).astype(dtype)
+    return (codes * scales - weight.mins[panels, :, lanes][:, groups]).astype(dtype)

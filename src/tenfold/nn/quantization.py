@@ -1,0 +1,228 @@
+"""Weights in few bits: what formats have in common, and rounding weights that are not quantised yet.
+
+Dims: N outputs, D inputs, G groups of inputs that share a scale.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Integer
+
+from tenfold.base.errors import ConfigError
+from tenfold.kernels.matmul import QuantizedWeight
+from tenfold.nn.param import Param, Tree, leaves
+
+STEPS = 16  # scales tried for each group when weights are rounded
+NARROWEST = 0.7  # of the scale that reaches the group's largest weight
+BLOCK = 2**22  # weights whose float32 values are in memory at a time while a tensor is dequantised
+
+
+@dataclass(frozen=True, kw_only=True)
+class Affine:
+    """Rows of weights as checkpoints hold them, one row per output: weight = scale · code - minimum.
+
+    Attributes:
+        codes: int8 around zero where there are no minima; else uint8 from zero. [N, D], or [N, D / 2] if packed.
+        scales: of each group of D / G inputs.
+        minima: of each group, or None for formats that are symmetric about zero.
+        bits: how many bits the largest code needs.
+        packed: the codes are of 4 bits, two to a byte with the even input in the low half, and unsigned: around 8 where
+            there are no minima.
+    """
+
+    codes: Integer[np.ndarray, "*N C"]
+    scales: Float32[np.ndarray, "*N G"]
+    minima: Float32[np.ndarray, "*N G"] | None
+    bits: int
+    packed: bool = False
+
+    @property
+    def inputs(self) -> int:
+        return self.codes.shape[-1] * (2 if self.packed else 1)
+
+    @property
+    def group(self) -> int:
+        return self.inputs // self.scales.shape[-1]
+
+    def values(self, dtype: DTypeLike = np.float32) -> Float[np.ndarray, "*N D"]:
+        """The weights, computed in float32. Groups whose scale is not finite, in a damaged file, have weights that are
+        not."""
+        shape = (*self.codes.shape[:-1], self.inputs)
+        codes, scales = self.codes.reshape(-1, self.codes.shape[-1]), self.scales.reshape(-1, self.scales.shape[-1])
+        minima = None if self.minima is None else self.minima.reshape(scales.shape)
+        out = np.empty((len(codes), self.inputs), np.dtype(dtype))
+        for rows in blocks_of(*out.shape):
+            part = unpack_nibbles(codes[rows]) if self.packed else codes[rows]
+            grouped = part.reshape(-1, scales.shape[1], self.group).astype(np.float32)
+            with np.errstate(invalid="ignore", over="ignore"):
+                if self.packed and minima is None:
+                    grouped -= 8
+                grouped *= scales[rows, :, None]
+                if minima is not None:
+                    grouped -= minima[rows, :, None]
+                out[rows] = grouped.reshape(-1, self.inputs)
+        return out.reshape(shape)
+
+
+def blocks_of(rows: int, columns: int) -> list[slice]:
+    """Cuts rows into blocks that are small enough for temporary copies in float32."""
+    step = max(1, BLOCK // max(columns, 1))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def unpack_nibbles(codes: Integer[np.ndarray, "*N C"]) -> Integer[np.ndarray, "*N D"]:
+    """The codes of 4 bits in bytes that hold two, the first in the low half."""
+    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+
+
+def from_affine(rows: Affine, dims: tuple[int, ...]) -> QuantizedWeight:
+    """A checkpoint's rows as a weight for products, whose outputs are the rows; `dims` are the outputs'."""
+    bits = 4 if rows.bits <= 4 and rows.inputs % 2 == 0 else 8  # two codes of 4 bits share a byte
+    zero = 0 if rows.minima is not None else 2 ** (bits - 1)
+    scales, mins = _turned(rows.scales), None if rows.minima is None else _turned(rows.minima)
+    if rows.packed:
+        return QuantizedWeight(codes=_turned(rows.codes), scales=scales, mins=mins, bits=bits, zero=zero, dims=dims)
+    codes = rows.codes.view(np.uint8)
+    return _weight(_turned(codes + np.uint8(zero) if zero else codes), scales, mins, bits, zero, dims)
+
+
+def _turned(rows: np.ndarray) -> jax.Array:
+    """[N, C] as [C, N]: on the device, unless the rows are columns in memory already. A copy in any case."""
+    return jnp.array(rows.T) if rows.T.flags.c_contiguous else jnp.asarray(rows).T
+
+
+def _weight(
+    codes: jax.Array, scales: jax.Array, mins: jax.Array | None, bits: int, zero: int, dims: tuple[int, ...]
+) -> QuantizedWeight:
+    if bits == 4:
+        codes = codes[0::2] | (codes[1::2] << 4)
+    return QuantizedWeight(codes=codes, scales=scales, mins=mins, bits=bits, zero=zero, dims=dims)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How finely a weight is held: the bits of a code, how many groups of inputs have scales, and whether minima."""
+
+    bits: int
+    groups: int
+    minima: bool = False
+
+    def nbytes(self, inputs: int, outputs: int) -> int:
+        bits = 4 if self.bits <= 4 and inputs % 2 == 0 else 8
+        return outputs * (inputs * bits // 8 + 4 * self.groups * (2 if self.minima else 1))
+
+
+@runtime_checkable
+@runtime_checkable
+class Quantization(Protocol):
+    """What says which weights are held in few bits: a `Scheme`, or the format of a checkpoint."""
+
+    def grid(self, p: Param) -> Grid | None:
+        """How a weight is held; None for a plain array."""
+        ...
+
+
+def nbytes(tree: Tree, dtype: DTypeLike, *quantizations: Quantization | None) -> int:
+    """The bytes that a declaration tree takes, each weight as the first of `quantizations` that holds it in few bits
+    does, and all others in `dtype`."""
+    total = 0
+    for _, p in leaves(tree):
+        grids = [grid for quantization in quantizations if quantization and (grid := quantization.grid(p))]
+        outputs = math.prod(p.output_dims)
+        size = math.prod(p.shape)
+        total += grids[0].nbytes(size // outputs, outputs) if grids else size * jnp.dtype(dtype).itemsize
+    return total
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are rounded: to how many bits, and how many inputs share a scale (None: all of them).
+
+    The products with the vocabulary are a small part of a model and the most sensitive one; they get `vocab_bits`.
+    """
+
+    bits: int
+    group: int | None
+    vocab_bits: int = 8
+
+    def rounding(self, p: Param) -> tuple[int, int | None]:
+        """The bits and the group of a weight that products use."""
+        bits = self.vocab_bits if "vocab" in p.axes.split() else self.bits
+        return bits, self.group if bits == self.bits else None
+
+    def grid(self, p: Param) -> Grid | None:
+        """How a weight is held; None for a plain array."""
+        if not p.inputs or p.stacked:
+            return None
+        bits, group = self.rounding(p)
+        D = math.prod(p.shape) // math.prod(p.output_dims)
+        return Grid(bits, 1 if group is None or D % group else D // group)
+
+
+SCHEMES = {"int8": Scheme(8, None), "int4": Scheme(4, 64)}
+
+
+def find_scheme(name: str | None) -> Scheme | None:
+    """The scheme that `--quantization` names; None for None. Raises ConfigError for what is unknown."""
+    if name is None:
+        return None
+    if name not in SCHEMES:
+        raise ConfigError(f"quantization must be one of {', '.join(SCHEMES)}; it is {name!r}")
+    return SCHEMES[name]
+
+
+def quantize_param(p: Param, array: jax.Array, scheme: Scheme) -> jax.Array | QuantizedWeight:
+    """A loaded weight in few bits, if products use it, and else as it is."""
+    if not p.inputs or p.stacked:
+        return array
+    return quantize(p.as_matrix(array), *scheme.rounding(p), p.output_dims)
+
+
+def quantize(
+    matrix: Float[Array, "D N"], bits: int, group: int | None, dims: tuple[int, ...] | None = None
+) -> QuantizedWeight:
+    """Rounds weights to the nearest of 2^bits - 1 multiples of a scale, symmetric about zero.
+
+    Each group's scale is the one of a few, between what reaches its largest weight and `NARROWEST` of that, with the
+    smallest squared error: a few clipped weights can be worth finer steps for all others.
+
+    Args:
+        matrix: the weights.
+        bits: 4 or 8.
+        group: inputs that share a scale; None, or a number that does not divide D, lets all of them.
+        dims: the output dims; (N,) by default.
+    """
+    D, N = matrix.shape
+    if bits == 4 and D % 2:
+        bits = 8  # two codes of 4 bits share a byte
+    whole = group is None or D % group != 0
+    codes, scales = _round(matrix, bits, D if whole or group is None else group)
+    return _weight(codes, scales, None, bits, 2 ** (bits - 1), dims or (N,))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _round(matrix: jax.Array, bits: int, group: int) -> tuple[jax.Array, jax.Array]:
+    D, N = matrix.shape
+    largest = 2 ** (bits - 1) - 1
+    grouped = matrix.astype(jnp.float32).reshape(-1, group, N)
+    widest = jnp.abs(grouped).max(1, keepdims=True) / largest
+
+    def codes_of(scale: jax.Array) -> jax.Array:
+        return jnp.clip(jnp.round(grouped / jnp.where(scale > 0, scale, 1)), -largest, largest)
+
+    def attempt(i: int, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        scale = widest * (1 - (1 - NARROWEST) * i / STEPS)
+        error = jnp.square(grouped - codes_of(scale) * scale).sum(1, keepdims=True)
+        better = error < best[1]
+        return jnp.where(better, scale, best[0]), jnp.where(better, error, best[1])
+
+    start = widest, jnp.square(grouped - codes_of(widest) * widest).sum(1, keepdims=True)
+    scale, _ = jax.lax.fori_loop(1, STEPS, attempt, start) if bits < 8 else start
+    codes = (codes_of(scale) + 2 ** (bits - 1)).astype(jnp.uint8).reshape(D, N)
+    return codes, scale[:, 0]

@@ -1,0 +1,65 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tenfold.kernels import native, norm
+from tenfold.kernels.norm import rms_norm
+
+ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
+
+
+@pytest.fixture(params=native.INSTRUCTION_SETS)
+def instruction_set(request):
+    widest = native.instruction_set()
+    if not native.use(request.param):
+        pytest.skip(f"there are no native kernels for {request.param} here")
+    yield
+    assert widest is not None and native.use(widest)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@settings(deadline=None, max_examples=10)
+@given(st.integers(1, 20), st.integers(1, 200), st.integers(0, 99))
+def test_rows_are_divided_by_their_root_mean_square(offset, dtype, rows, width, seed):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.standard_normal((rows, width)), dtype)
+    weight = jnp.asarray(rng.standard_normal(width), dtype)
+    x64, w64 = np.asarray(x, np.float64), np.asarray(weight, np.float64)
+    expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5) * (w64 + (offset or 0))
+    y = jax.jit(partial(rms_norm, eps=1e-5, offset=offset))(x, weight)
+    assert y.dtype == x.dtype
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=(4 + width**0.5) * ROUNDING[dtype], atol=1e-30)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_is_bit_identical_alone_and_in_any_batch(dtype):
+    rng = np.random.default_rng(0)
+    x, weight = jnp.asarray(rng.standard_normal((300, 96)), dtype), jnp.ones(96, dtype)
+    whole = rms_norm(x, weight, 1e-5)
+    for start, rows in ((0, 1), (3, 2), (7, 16), (100, 129)):
+        np.testing.assert_array_equal(rms_norm(x[start : start + rows], weight, 1e-5), whole[start : start + rows])
+
+
+def test_derivatives_are_those_of_the_reference():
+    rng = np.random.default_rng(1)
+    x, weight, direction = (jnp.asarray(rng.standard_normal(shape), "float32") for shape in ((4, 32), (32,), (4, 32)))
+
+    def loss(fn, x, weight):
+        return jnp.sum(jnp.sin(fn(x, weight, 1e-5, 1.0)))
+
+    ours, theirs = (partial(loss, fn) for fn in (rms_norm, norm.reference))
+    for mine, other in zip(jax.grad(ours, (0, 1))(x, weight), jax.grad(theirs, (0, 1))(x, weight), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-6, atol=1e-6)
+    hessians = [jax.jvp(lambda x, fn=fn: jax.grad(fn)(x, weight), (x,), (direction,))[1] for fn in (ours, theirs)]
+    np.testing.assert_allclose(*hessians, rtol=1e-5, atol=1e-6)
+    each = jax.vmap(jax.grad(ours), (0, None))(x[:, None], weight)
+    np.testing.assert_allclose(each[:, 0], jax.grad(theirs)(x, weight), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(jax.vmap(lambda row: rms_norm(row, weight, 1e-5))(x), rms_norm(x, weight, 1e-5))
