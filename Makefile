@@ -14,9 +14,11 @@ BIN := .venv/bin
 PEERS := .venv-peers/bin
 INSTALLED := .venv/.installed
 PEERS_INSTALLED := .venv-peers/.installed
-BENCHMARKS := bandwidth cpu_generation server startup compile_time
+LLAMA_INSTALLED := .venv-llama/.installed
+BENCHMARKS := bandwidth cpu_generation cpu_engines server startup compile_time
 TORCH := torch==2.13.0
 TRANSFORMERS := transformers==5.23.0
+LLAMA_CPP := llama-cpp-python==0.3.36
 
 # The newest interpreter that works here; `make PYTHON=/path/to/python3.12 test` chooses another.
 PYTHON ?= $(shell tools/find-python)
@@ -44,7 +46,7 @@ check: $(INSTALLED)
 parity: $(INSTALLED) $(PEERS_INSTALLED)
 	$(BIN)/python -m pytest -q -m parity tests/parity $(ARGS)
 
-bench: $(INSTALLED) $(PEERS_INSTALLED)
+bench: $(INSTALLED) $(PEERS_INSTALLED) $(LLAMA_INSTALLED)
 	@set -e; for name in $(BENCHMARKS); do echo "== bench/$$name.py"; $(BIN)/python "bench/$$name.py" $(ARGS); done
 
 pico: $(INSTALLED)
@@ -76,6 +78,12 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/nativ
 	@$(call PIP_INTO,.venv,-c constraints.txt uv)
 	@UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install -q --python $(BIN)/python -e '.[train,cloud]' --group dev \
 	  -c constraints.txt --build-constraints constraints.txt --reinstall-package tenfold
+	@touch $@
+
+$(LLAMA_INSTALLED): Makefile
+	$(call make_venv,.venv-llama)
+	@echo "Building $(LLAMA_CPP) into .venv-llama; this takes minutes"
+	@$(call PIP_INTO,.venv-llama,$(LLAMA_CPP))
 	@touch $@
 
 $(PEERS_INSTALLED): Makefile

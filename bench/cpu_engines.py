@@ -7,6 +7,7 @@ A random Llama of 0.5 B weights, and the GGUF files that this script makes of it
 import argparse
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bandwidth import read_bandwidth
@@ -27,12 +28,13 @@ def weight_bytes(bits: float, head_bits: float) -> float:
 BITS = {"bf16": (16, 16), "8 bits": (8, 8), "4 bits": (4.5, 8)}  # scales of groups of 64 included
 
 
-def engines(path: Path, files: dict[str, Path]) -> dict[str, tuple[str, Path, dict[str, str]]]:
+def engines(path: Path, files: dict[str, Path]) -> dict[str, tuple[str, Path, dict[str, Any]]]:
     """Every engine and format: name → its worker's arguments."""
+    ours = {"dtype": "bfloat16", "max_model_len": 4352}
     return {
-        "tenfold bf16": ("tenfold", path, {"dtype": "bfloat16"}),
-        "tenfold 8 bits": ("tenfold", path, {"dtype": "bfloat16", "quantization": "int8"}),
-        "tenfold 4 bits": ("tenfold", path, {"dtype": "bfloat16", "quantization": "int4"}),
+        "tenfold bf16": ("tenfold", path, ours),
+        "tenfold 8 bits": ("tenfold", path, ours | {"quantization": "int8"}),
+        "tenfold 4 bits": ("tenfold", path, ours | {"quantization": "int4"}),
         "llama.cpp bf16": ("llama.cpp", files["BF16"], {}),
         "llama.cpp 8 bits": ("llama.cpp", files["Q8_0"], {}),
         "llama.cpp 4 bits": ("llama.cpp", files["Q4_0"], {}),

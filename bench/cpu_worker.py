@@ -1,7 +1,7 @@
 """One engine behind a pipe: reads a JSON line {"prompts": [[ids]], "tokens": n}, answers {"seconds": s}.
 
 Run by the benchmarks with the Python of the engine: `cpu_worker.py tenfold|transformers|llama.cpp CHECKPOINT OPTIONS`,
-where OPTIONS are JSON: a dtype, and for tenfold perhaps a quantization.
+where OPTIONS are JSON: the arguments of the engine's loader below.
 """
 
 import json
@@ -13,7 +13,9 @@ Generate = Callable[[list[list[int]], int], None]
 CONTEXT = 4352
 
 
-def load_tenfold(path: str, dtype: str = "float32", quantization: str | None = None) -> Generate:
+def load_tenfold(
+    path: str, dtype: str = "float32", quantization: str | None = None, max_model_len: int = 1024
+) -> Generate:
     """Our engine, without text."""
     import math
     from pathlib import Path
@@ -23,7 +25,7 @@ def load_tenfold(path: str, dtype: str = "float32", quantization: str | None = N
     from tenfold.engine.engine import Engine
 
     config = EngineConfig(
-        max_model_len=CONTEXT if quantization or dtype == "bfloat16" else 1024,
+        max_model_len=max_model_len,
         max_num_seqs=16,
         decode_slowdown=math.inf,
         cache_memory=2**30,
@@ -71,12 +73,14 @@ def load_llama_cpp(path: str) -> Generate:
     import llama_cpp
     import numpy as np
 
-    threads = os.cpu_count() or 1
-    model = llama_cpp.Llama(
-        path, n_ctx=CONTEXT * 2, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads,
-        n_seq_max=16, kv_unified=True, verbose=False,
-    )  # fmt: skip
-    context = model.ctx
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 2 * CONTEXT, 512, 512, 16
+    params.n_threads = params.n_threads_batch = os.cpu_count() or 1
+    params.kv_unified = True  # sequences share the cells of one cache
+    context = llama_cpp.llama_init_from_model(model, params)
+    vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     batch = llama_cpp.llama_batch_init(512, 0, 1)
 
     def decode(entries: list[tuple[int, int, int, bool]]) -> None:
@@ -96,7 +100,6 @@ def load_llama_cpp(path: str) -> Generate:
             for position, token in enumerate(prompt)
         ]
         last: list[int] = [0] * len(prompts)
-        vocabulary = model.n_vocab()
 
         def take(chunk: list[tuple[int, int, int, bool]]) -> None:
             for i, (_, _, sequence, wanted) in enumerate(chunk):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 from checkpoints import half_billion
-from cpu_generation import Worker
+from workers import Worker
 
 from tenfold.base.builtin import builtin_model
 
@@ -95,7 +95,7 @@ async def disturb(url: str, tokens: int, long: int) -> tuple[float, float]:
 
 def measure(name: str, checkpoint: Path, tokens: int, repeats: int) -> None:
     """Prints a model's rows."""
-    worker, server = Worker(Path(sys.executable), "tenfold", checkpoint), Server(checkpoint)
+    worker, server = Worker("tenfold", checkpoint, dtype="auto"), Server(checkpoint)
     offline: list[float] = []
     served: list[float] = []
     for repeat in range(repeats + 1):

@@ -1,10 +1,9 @@
 // The operations as XLA calls them.
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <string_view>
 #include <vector>
 
+#include "instruction_set.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
@@ -14,39 +13,8 @@ namespace ffi = xla::ffi;
 namespace tenfold {
 namespace {
 
-struct InstructionSet {
-  const Kernels* kernels;
-  const NormKernels* norms;
-};
-
-// Widest first; what this machine can run.
-std::vector<InstructionSet> supported() {
-  std::vector<InstructionSet> found;
-#if defined(TENFOLD_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) {
-    found.push_back({&avx512_kernels, &avx512_norms});
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({&avx2_kernels, &avx2_norms});
-#endif
-  found.push_back({&baseline_kernels, &baseline_norms});
-  return found;
-}
-
-std::atomic<int>& chosen() {
-  static std::atomic<int> place{0};
-  return place;
-}
-
-const InstructionSet& instruction_set() {
-  static const std::vector<InstructionSet> all = supported();
-  return all[static_cast<size_t>(chosen().load(std::memory_order_relaxed))];
-}
-
-const Kernels& kernels() { return *instruction_set().kernels; }
-const NormKernels& norms() { return *instruction_set().norms; }
+const Kernels& kernels() { return TENFOLD_CHOOSE(kernels); }
+const NormKernels& norms() { return TENFOLD_CHOOSE(norms); }
 
 constexpr int64_t kRows = 192;        // rows of one task: their sums stay in the first-level cache
 constexpr int64_t kTaskBytes = 1 << 16;  // of weights that one task reads at least
@@ -273,17 +241,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tenfold_rms_norm, tenfold::rms_norm,
                                   .Ret<ffi::AnyBuffer>());
 
 TENFOLD_PUBLIC const char* tenfold_instruction_set() {
-  return tenfold::kernels().name;
+  return tenfold::kInstructionSets[static_cast<int>(tenfold::instruction_set().load())];
 }
 
 // Makes later calls use another instruction set that the machine has; returns whether it does.
-TENFOLD_PUBLIC bool tenfold_use(const char* name) {
-  const auto all = tenfold::supported();
-  for (size_t i = 0; i < all.size(); ++i) {
-    if (std::string_view(all[i].kernels->name) == name) {
-      tenfold::chosen().store(static_cast<int>(i));
-      return true;
-    }
-  }
-  return false;
-}
+TENFOLD_PUBLIC bool tenfold_use(const char* name) { return tenfold::use(name); }

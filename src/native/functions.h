@@ -11,14 +11,20 @@ constexpr float kLowest = -3.40282347e38f;
 constexpr float kRounder = 12582912.0f;  // 1.5 · 2^23: added, it leaves the nearest integer in the low bits
 const float kInfinity = __builtin_inff();
 
+// Coefficients in descending order.
+template <int N>
+inline F32x16 polynomial(F32x16 x, const float (&coefficients)[N]) {
+  F32x16 p = splat(coefficients[0]);
+  for (int i = 1; i < N; ++i) p = fma(p, x, splat(coefficients[i]));
+  return p;
+}
+
 // 2^x for x <= 0, within one unit in the last place; NaN stays NaN. The polynomial is a minimax fit of (2^r - 1) / r.
 inline F32x16 exp2(F32x16 x) {
   const F32x16 shifted = x + kRounder;
   const F32x16 r = x - (shifted - kRounder);
-  F32x16 p = splat(1.53533620e-4f);
-  for (float next : {1.33988750e-3f, 9.61843692e-3f, 5.55033237e-2f, 2.40226477e-1f, 6.93147182e-1f, 1.0f}) {
-    p = fma(p, r, splat(next));
-  }
+  const F32x16 p = polynomial(
+      r, {1.53533620e-4f, 1.33988750e-3f, 9.61843692e-3f, 5.55033237e-2f, 2.40226477e-1f, 6.93147182e-1f, 1.0f});
   const I32x16 power = (bit_cast<I32x16>(shifted) << 23) + (127 << 23);
   return x < -126.0f ? F32x16{} : p * bit_cast<F32x16>(power);
 }
@@ -29,8 +35,8 @@ inline float exp2(float x) { return exp2(splat(x))[0]; }
 inline F32x16 tanh(F32x16 y) {
   const I32x16 sign = bit_cast<I32x16>(y) & static_cast<int32_t>(0x80000000u);
   const F32x16 magnitude = bit_cast<F32x16>(bit_cast<I32x16>(y) ^ sign), z = y * y;
-  F32x16 p = splat(-5.89508796e-3f);
-  for (float next : {2.07959171e-2f, -5.37838154e-2f, 1.33319244e-1f, -3.33332986e-1f}) p = fma(p, z, splat(next));
+  const F32x16 p =
+      polynomial(z, {-5.89508796e-3f, 2.07959171e-2f, -5.37838154e-2f, 1.33319244e-1f, -3.33332986e-1f});
   const F32x16 small = fma(magnitude, z * p, magnitude);
   const F32x16 e = exp2(magnitude * (-2.0f * kLog2e));
   const F32x16 result = magnitude < 0.6f ? small : (1.0f - e) / (1.0f + e);

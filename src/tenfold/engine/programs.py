@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from tenfold.kernels import sampling
 from tenfold.kernels.attention import AttentionSpec
-from tenfold.kernels.paged_attention import PagedCache, RaggedBatch, paged_attention, write
+from tenfold.kernels.paged_attention import Cache, NativeCache, RaggedBatch, paged_attention, update, write
 from tenfold.kernels.sampling import SamplingBatch
 from tenfold.models.family import Model
 from tenfold.nn.param import Tree
@@ -46,27 +46,27 @@ class StepBatch(NamedTuple):
 
 def forward(
     params: Tree,
-    caches: Sequence[PagedCache],
+    caches: Sequence[Cache],
     history: Int[Array, "R X"],
     batch: StepBatch,
     *,
     model: Model,
     windows: tuple[int | None, ...],
     decode_only: bool,
-) -> tuple[list[PagedCache], Float[Array, "T D"], Float[Array, "S D"]]:
+) -> tuple[list[Cache], Float[Array, "T D"], Float[Array, "S D"]]:
     """Computes a step: writes its keys and values, and returns all hidden states and those of each row's last token.
 
     `windows` are those of the layer groups; `decode_only`: every row has one token. The caches are meant to be donated.
     """
 
-    def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedCache, spec: AttentionSpec
-    ) -> tuple[jax.Array, PagedCache]:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache, spec: AttentionSpec) -> tuple[jax.Array, Cache]:
         group = windows.index(spec.window)
-        cache = write(cache, k, v, batch.pages[group], batch.offsets)
         ragged = RaggedBatch(
             batch.block_tables[group], batch.kv_lens, batch.query_starts, batch.num_decodes, batch.num_seqs
         )
+        if isinstance(cache, NativeCache):
+            return update(q, k, v, cache, ragged, spec)
+        cache = write(cache, k, v, batch.pages[group], batch.offsets)
         return paged_attention(q, cache, ragged, spec, decode_only=decode_only), cache
 
     tokens = history[batch.slots, batch.positions]

@@ -23,9 +23,11 @@ from tenfold.engine.programs import PromptLogprobs, StepBatch
 from tenfold.engine.request import Sequence
 from tenfold.engine.sampling_params import MAX_BIAS_ENTRIES, MAX_LOGPROBS, SamplingParams
 from tenfold.engine.scheduler import Chunk, Plan
-from tenfold.kernels.paged_attention import make_cache
+from tenfold.kernels import native
+from tenfold.kernels.paged_attention import Cache, has_native_cache, make_cache, make_native_cache
 from tenfold.kernels.sampling import SamplingBatch
 from tenfold.models.family import Model
+from tenfold.nn.cache import CacheSpec
 from tenfold.nn.param import Tree
 
 log = logging.getLogger(__name__)
@@ -70,11 +72,16 @@ class Runner:
         specs = model.cache_specs()
         self._windows = tuple(group.window for group in groups)
         pages = {group.window: group.num_pages for group in groups}
-        self._blocks = -(-max_len // config.block_size)
+        B = config.block_size
+        self._blocks = -(-max_len // B)
         dtype = model.activation_dtype(params)
-        self._caches = [
-            make_cache(pages[spec.window], config.block_size, spec.num_kv_heads, spec.head_dim, dtype) for spec in specs
-        ]
+        on_native = native.available(params["norm"].devices().pop())
+
+        def empty(spec: CacheSpec) -> Cache:
+            make = make_native_cache if on_native and has_native_cache(B, spec.head_dim, dtype) else make_cache
+            return make(pages[spec.window], B, spec.num_kv_heads, spec.head_dim, dtype)
+
+        self._caches = [empty(spec) for spec in specs]
         self._history = jnp.zeros((config.max_num_seqs + 1, max_len), jnp.int32)
         self._decodes = token_buckets(1, config.max_num_seqs)
         self._mixed = token_buckets(SMALLEST_MIXED, max(config.max_num_batched_tokens, SMALLEST_MIXED))

@@ -15,7 +15,13 @@ import jax
 log = logging.getLogger(__name__)
 
 LIBRARY = "tenfold/kernels/libtenfold_native.so"  # beside this file, or where an editable install keeps what it built
-TARGETS = ("tenfold_matmul", "tenfold_matmul_quantized", "tenfold_rms_norm")
+TARGETS = (
+    "tenfold_matmul",
+    "tenfold_matmul_quantized",
+    "tenfold_paged_attention",
+    "tenfold_paged_attention_update",
+    "tenfold_rms_norm",
+)
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 REMEDY = "Products run on XLA, several times slower. Install a C++ compiler and reinstall tenfold to have them."
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from tenfold.kernels.attention import NEG_INF, AttentionSpec, scores_mask, soft_cap
 
@@ -32,6 +33,19 @@ class PagedCache(NamedTuple):
 
     k: Float[Array, "P J K B"]
     v: Float[Array, "P J B K"]
+
+
+class NativeCache(NamedTuple):
+    """The same for the native operations of a CPU, in words of u = 4 / (bytes of an element) neighbours along the dim
+    that is added over; int8 elements have a scale for every token of a head. See src/native/attention.h."""
+
+    k: Shaped[Array, "P J K/u B u"]
+    v: Shaped[Array, "P J B/u K u"]
+    k_scales: Float[Array, "P J B"] | None = None
+    v_scales: Float[Array, "P J B"] | None = None
+
+
+Cache = PagedCache | NativeCache
 
 
 class RaggedBatch(NamedTuple):
@@ -60,9 +74,64 @@ def make_cache(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int,
     )
 
 
+def make_native_cache(
+    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
+) -> NativeCache:
+    """An empty cache for the native operations, float32, bfloat16 or int8; head and page hold whole words."""
+    together = 4 // jnp.dtype(dtype).itemsize
+    scales = jnp.zeros((num_pages, num_kv_heads, page_size)) if jnp.dtype(dtype) == jnp.int8 else None
+    return NativeCache(
+        k=jnp.zeros((num_pages, num_kv_heads, head_dim // together, page_size, together), dtype),
+        v=jnp.zeros((num_pages, num_kv_heads, page_size // together, head_dim, together), dtype),
+        k_scales=scales,
+        v_scales=None if scales is None else jnp.zeros_like(scales),
+    )
+
+
+def has_native_cache(page_size: int, head_dim: int, dtype: DTypeLike) -> bool:
+    """Whether the native operations can hold such pages."""
+    together = 4 // jnp.dtype(dtype).itemsize
+    known = jnp.dtype(dtype).name in ("float32", "bfloat16", "int8")
+    return known and page_size % max(together, 8) == 0 and head_dim % together == 0
+
+
 def page_bytes(page_size: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
     """Bytes of one page of one layer."""
-    return 2 * page_size * num_kv_heads * head_dim * jnp.dtype(dtype).itemsize
+    scales = 4 if jnp.dtype(dtype) == jnp.int8 else 0
+    return 2 * page_size * num_kv_heads * (head_dim * jnp.dtype(dtype).itemsize + scales)
+
+
+def update(
+    q: Float[Array, "T H K"],
+    k: Float[Array, "T J K"],
+    v: Float[Array, "T J K"],
+    cache: NativeCache,
+    batch: RaggedBatch,
+    spec: AttentionSpec,
+) -> tuple[Float[Array, "T H K"], NativeCache]:
+    """Stores this step's keys and values in a native cache, in place when it is donated, and attends to it.
+
+    What `write` and `paged_attention` do together. A token's result depends on nothing but its own sequence, to the
+    last bit, however the sequence was cut into steps.
+    """
+    held = [x for x in cache if x is not None]
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *held)]
+    aliases = {7 + i: 1 + i for i in range(len(held))}
+    call = jax.ffi.ffi_call("tenfold_paged_attention_update", results, input_output_aliases=aliases)
+    out, *held = call(
+        q,
+        k,
+        v,
+        batch.block_tables,
+        batch.kv_lens,
+        batch.query_starts,
+        batch.num_seqs,
+        *held,
+        scale=np.float32(spec.scale),
+        window=np.int64(spec.window or 0),
+        softcap=np.float32(spec.softcap or 0),
+    )
+    return out, NativeCache(*held)
 
 
 def write(

@@ -185,9 +185,13 @@ def _affine(
         zeros = None
     if group_of is not None:
         return _ungrouped(codes, scales, middle if zeros is None else zeros[:, group_of], group_of, dtype)
-    if zeros is None:
-        return Affine(codes=(codes - np.uint8(middle)).view(np.int8), scales=scales, minima=None, bits=bits)
-    return Affine(codes=codes, scales=scales, minima=scales * zeros.astype(np.float32), bits=bits)
+    packed = bits == 4 and codes.shape[1] % 2 == 0
+    if packed:
+        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    elif zeros is None:
+        codes = (codes - np.uint8(middle)).view(np.int8)
+    minima = None if zeros is None else scales * zeros.astype(np.float32)
+    return Affine(codes=codes, scales=scales, minima=minima, bits=bits, packed=packed)
 
 
 def _ungrouped(

@@ -216,7 +216,7 @@ def _round(matrix: jax.Array, bits: int, group: int) -> tuple[jax.Array, jax.Arr
     def codes_of(scale: jax.Array) -> jax.Array:
         return jnp.clip(jnp.round(grouped / jnp.where(scale > 0, scale, 1)), -largest, largest)
 
-    def attempt(i: int, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def attempt(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         scale = widest * (1 - (1 - NARROWEST) * i / STEPS)
         error = jnp.square(grouped - codes_of(scale) * scale).sum(1, keepdims=True)
         better = error < best[1]
