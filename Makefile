@@ -5,6 +5,7 @@
 #   make slow     the tests marked slow: many more generated cases, for minutes
 #   make check    formatting, lint, layering, types, sizes, dependencies
 #   make parity   the same models in transformers on torch, compared live; installs torch into .venv-peers
+#   make asan     the native kernels' tests, with them built under AddressSanitizer
 #   make bench    the benchmarks, against the same peers (BENCHMARKS="server" ARGS="--help" for one of them)
 #   make pico     train the built-in model anew, into runs/pico
 #   make fmt      format the code and fix what lint can fix
@@ -18,12 +19,13 @@ LLAMA_INSTALLED := .venv-llama/.installed
 BENCHMARKS := bandwidth cpu_generation cpu_engines server startup compile_time
 TORCH := torch==2.13.0
 TRANSFORMERS := transformers==5.23.0
+COMPRESSED_TENSORS := compressed-tensors==0.20.0
 LLAMA_CPP := llama-cpp-python==0.3.36
 
 # The newest interpreter that works here; `make PYTHON=/path/to/python3.12 test` chooses another.
 PYTHON ?= $(shell tools/find-python)
 
-.PHONY: run test slow check parity bench pico fmt constraints clean
+.PHONY: run test slow asan check parity bench pico fmt constraints clean
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED)
@@ -45,6 +47,12 @@ check: $(INSTALLED)
 
 parity: $(INSTALLED) $(PEERS_INSTALLED)
 	$(BIN)/python -m pytest -q -m parity tests/parity $(ARGS)
+
+asan: $(INSTALLED)
+	$(call BUILD,--config-setting cmake.define.TENFOLD_ASAN=ON)
+	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python -m pytest -q tests/kernels/test_matmul.py tests/kernels/test_norm.py \
+	  tests/kernels/test_native_attention.py $(ARGS); status=$$?; rm -f $(INSTALLED); $(MAKE) $(INSTALLED); exit $$status
 
 bench: $(INSTALLED) $(PEERS_INSTALLED) $(LLAMA_INSTALLED)
 	@set -e; for name in $(BENCHMARKS); do echo "== bench/$$name.py"; $(BIN)/python "bench/$$name.py" $(ARGS); done
@@ -72,12 +80,16 @@ define make_venv
 endef
 PIP_INTO = if $(1)/bin/python -m pip --version >/dev/null 2>&1; then $(1)/bin/python -m pip install -q $(2); else $(PYTHON) -m pip --python $(1)/bin/python install -q $(2); fi
 
+define BUILD
+@UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install -q --python $(BIN)/python -e '.[train,cloud]' --group dev \
+  -c constraints.txt --build-constraints constraints.txt --reinstall-package tenfold $(1)
+endef
+
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/native/*)
 	$(call make_venv,.venv)
 	@echo "Installing Tenfold and its tools into .venv"
 	@$(call PIP_INTO,.venv,-c constraints.txt uv)
-	@UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install -q --python $(BIN)/python -e '.[train,cloud]' --group dev \
-	  -c constraints.txt --build-constraints constraints.txt --reinstall-package tenfold
+	$(call BUILD,)
 	@touch $@
 
 $(LLAMA_INSTALLED): Makefile
@@ -88,6 +100,6 @@ $(LLAMA_INSTALLED): Makefile
 
 $(PEERS_INSTALLED): Makefile
 	$(call make_venv,.venv-peers)
-	@echo "Installing $(TORCH) and $(TRANSFORMERS) into .venv-peers"
-	@$(call PIP_INTO,.venv-peers,$(TORCH) $(TRANSFORMERS))
+	@echo "Installing $(TORCH), $(TRANSFORMERS) and $(COMPRESSED_TENSORS) into .venv-peers"
+	@$(call PIP_INTO,.venv-peers,$(TORCH) $(TRANSFORMERS) $(COMPRESSED_TENSORS))
 	@touch $@

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tenfold.base import gguf, gguf_names
+from tenfold.base.ggml_blocks import GGMLType
+from tenfold.base.gguf import Deferred
 from tenfold.base.paths import cache_dir
-from tenfold.models import gguf_names
 from tenfold.models.family import resolve
-from tenfold.nn import checkpoint, gguf, safetensors
-from tenfold.nn.ggml_blocks import GGMLType
-from tenfold.nn.gguf import Deferred
+from tenfold.nn import checkpoint, safetensors
 from tenfold.nn.param import initialize
 from tenfold.testing.byte_tokenizer import write_byte_tokenizer
 

@@ -37,7 +37,7 @@ class Exemption:
 
 
 REVIEWED = {
-    "src/tenfold/cli/serve.py::serve": Exemption(70, "one line per option, and each is passed on once"),
+    "src/tenfold/cli/serve.py::serve": Exemption(72, "one line per option, and each is passed on once"),
 }
 """Exemptions by name: `path`, `path::function`, `path::Class.method`, or a package's directory."""
 

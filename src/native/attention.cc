@@ -214,43 +214,51 @@ class Pass {
     return reinterpret_cast<const uint32_t*>(values_of(at)) + at.slot / C::kTogether * a_.K;
   }
 
-  Ahead ahead_keys(Place at) const { return {reinterpret_cast<const char*>(key_words(at)), a_.B * 4}; }
-  Ahead ahead_values(Place at) const { return {reinterpret_cast<const char*>(value_words(at)), 64}; }
+  Ahead ahead_keys(Place at) const {
+    return {reinterpret_cast<const char*>(key_words(at)), in_place_ ? a_.B * 4 : 0};
+  }
+  Ahead ahead_values(Place at) const {
+    return {reinterpret_cast<const char*>(value_words(at)), in_place_ ? 64 : 0};
+  }
   // While values are read, the keys of the next chunk are fetched.
   Ahead ahead_of_values(int64_t g) const { return g < next_groups_ ? ahead_keys(next_[g]) : ahead_values(here_[g]); }
 
   // Whether a key is one that the block may read: the pages of earlier ones may hold anything by now.
   bool held(int64_t key) const { return key >= begin_ && key < block_.kv_len; }
 
-  // A group of keys, one element at a time, as if a page held it.
+  // A group of keys, as if one page held it.
   void gather_keys(int64_t key, uint32_t* to) const {
-    constexpr int u = C::kTogether;
-    Type* out = reinterpret_cast<Type*>(to);
     std::memset(to, 0, static_cast<size_t>(words_ * kGroup) * 4);
-    for (int64_t i = 0; i < kGroup; ++i) {
+    for (int64_t i = 0, count = 1; i < kGroup; i += count, count = 1) {
       if (!held(key + i)) continue;
       const Place at = place_of(key + i);
-      const Type* from = keys_of(at) + at.slot * u;
-      for (int64_t d = 0; d < a_.K; ++d) out[(d / u * kGroup + i) * u + d % u] = from[d / u * a_.B * u + d % u];
+      const uint32_t* from = key_words(at);
+      count = min(kGroup - i, a_.B - at.slot);
+      for (int64_t w = 0; w < words_; ++w)
+        std::memcpy(to + w * kGroup + i, from + w * a_.B, static_cast<size_t>(count) * 4);
     }
   }
 
-  // A group of values, likewise.
+  // A group of values, likewise; 0 where the block may not read.
   void gather_values(int64_t key, uint32_t* to) const {
     constexpr int u = C::kTogether;
-    Type* out = reinterpret_cast<Type*>(to);
     std::memset(to, 0, static_cast<size_t>(kGroup / u * width_) * 4);
-    for (int64_t i = 0; i < kGroup; ++i) {
-      if (!held(key + i)) continue;
-      const Place at = place_of(key + i);
-      const Type* from = values_of(at) + at.slot / u * a_.K * u + at.slot % u;
-      for (int64_t d = 0; d < a_.K; ++d) out[(i / u * width_ + d) * u + i % u] = from[d * u];
+    for (int64_t i = 0; i < kGroup; i += u, to += width_) {
+      if (held(key + i) && held(key + i + u - 1)) {
+        std::memcpy(to, value_words(place_of(key + i)), static_cast<size_t>(a_.K) * 4);
+        continue;
+      }
+      for (int64_t k = 0; k < u; ++k) {
+        if (!held(key + i + k)) continue;
+        const Type* from = reinterpret_cast<const Type*>(value_words(place_of(key + i + k))) + k;
+        for (int64_t d = 0; d < a_.K; ++d) reinterpret_cast<Type*>(to)[d * u + k] = from[d * u];
+      }
     }
   }
 
   // Pages are read in place where they hold whole groups.
   const uint32_t* keys(int64_t key, int64_t g, uint32_t* copy) const {
-    if (a_.B % kGroup == 0) return key_words(here_[g]);
+    if (in_place_) return key_words(here_[g]);
     gather_keys(key, copy);
     return copy;
   }
@@ -258,7 +266,7 @@ class Pass {
   const uint32_t* values(int64_t key, int64_t g, uint32_t* copy) const {
     // What lies past the sequence may be NaN, which a weight of 0 does not remove; codes are never NaN.
     const bool whole = C::kTogether == 4 || key + kGroup <= block_.kv_len;
-    if (a_.B % kGroup == 0 && a_.K >= kLanes && whole) return value_words(here_[g]);
+    if (in_place_ && a_.K >= kLanes && whole) return value_words(here_[g]);
     gather_values(key, copy);
     return copy;
   }
@@ -266,7 +274,7 @@ class Pass {
   void prepare_scales(int64_t chunk, int64_t first, int64_t groups) {
     for (int64_t g = first; g < groups; ++g) {
       const int64_t key = chunk + g * kGroup, i = g * kGroup;
-      if (a_.B % kGroup == 0 && key + kGroup <= block_.kv_len) {
+      if (in_place_ && key + kGroup <= block_.kv_len) {
         const int64_t at = here_[g].block * a_.B + here_[g].slot;
         store(s_.key_scales + i, load<F32x16>(a_.key_scales + at));
         store(s_.value_scales + i, load<F32x16>(a_.value_scales + at));
@@ -286,7 +294,7 @@ class Pass {
   // While keys are read, the values that belong to them are fetched; the keys themselves if no chunk came before.
   void score(int64_t chunk, int64_t first, int64_t groups, bool cold) {
     constexpr int64_t kNear = 4;
-    const int64_t ldk = a_.B % kGroup == 0 ? a_.B : kGroup;
+    const int64_t ldk = in_place_ ? a_.B : kGroup;
     for (int64_t g = first; g < groups; g += kPair) {
       const int64_t count = min(kPair, groups - g), key = chunk + g * kGroup;
       const uint32_t* from[kPair];
@@ -441,6 +449,7 @@ class Pass {
   float* const state_;
   const int64_t G_ = a_.group();
   const int64_t rows_ = block_.count * G_;
+  const bool in_place_ = a_.B % kGroup == 0;   // pages hold whole groups
   const int64_t words_ = a_.K / C::kTogether;  // of a key
   const int64_t ldq_ = words_ * A::kParts * A::kLimbs;
   const int64_t width_ = max(a_.K, kLanes);  // words of a row of values

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from tenfold.base.files import CHECKPOINT_FILES, atomic_directory, atomic_write, matches, no_safetensors
+from tenfold.base.errors import CheckpointError
+from tenfold.base.files import (
+    CHECKPOINT_FILES,
+    atomic_directory,
+    atomic_write,
+    find_gguf,
+    gguf_pattern,
+    matches,
+    no_safetensors,
+)
 
 
 def names(path: Path) -> list[str]:
@@ -133,6 +142,24 @@ def test_the_advice_for_missing_weights_depends_on_the_files() -> None:
     message = str(no_safetensors("org/m", ["pytorch_model-1.bin", "pytorch_model-2.bin", "config.json"]))
     assert "pytorch_model-1.bin and 1 more" in message
     assert "from_pretrained('org/m').save_pretrained(DIRECTORY)" in message
+    message = str(no_safetensors("org/m", ["b.gguf", "a.gguf", "pytorch_model.bin"]))
+    assert "a.gguf and 1 more" in message
+    assert "Name one GGUF file" in message
+
+
+def test_the_gguf_files_of_one_model(tmp_path: Path) -> None:
+    assert gguf_pattern("a[1].gguf") == "a[[]1].gguf"
+    assert gguf_pattern("a[1]-00002-of-00003.gguf") == "a[[]1]-?????-of-00003.gguf"
+    assert find_gguf(tmp_path) == []
+    parts = [tmp_path / f"a[1]-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for part in parts:
+        part.touch()
+    assert find_gguf(tmp_path) == parts
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"several GGUF models, a\[1\]-00001-of-00002\.gguf and b\.gguf"):
+        find_gguf(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert find_gguf(tmp_path) == []
 
 
 def test_a_symlinked_file_is_replaced_not_followed(tmp_path: Path) -> None:

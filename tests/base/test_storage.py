@@ -65,6 +65,20 @@ def test_a_file_is_not_a_model(tmp_path: Path) -> None:
         storage.fetch(tmp_path / "model.safetensors")
 
 
+def test_a_gguf_file_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.gguf").touch()
+    assert storage.fetch(tmp_path / "m.gguf") == tmp_path / "m.gguf"
+    assert storage.fetch((tmp_path / "m.gguf").as_uri()) == tmp_path / "m.gguf"
+    monkeypatch.chdir(tmp_path)
+    assert storage.fetch("m.gguf") == tmp_path / "m.gguf"
+
+
+@pytest.mark.parametrize("model", ["absent.gguf", "org/absent.gguf", "org/m/absent.gguf", "file:///absent.gguf"])
+def test_a_missing_gguf_file_is_never_taken_for_a_hub_id(model: str) -> None:
+    with pytest.raises(CheckpointError, match="there is no such file.*hf download"):
+        storage.fetch(model)
+
+
 @pytest.mark.parametrize("model", ["http://host/model", "ftp://host/model"])
 def test_an_unknown_scheme_is_named(model: str) -> None:
     with pytest.raises(CheckpointError, match=r":// is not supported; pass file://, gs://, s3://, az://"):
@@ -163,6 +177,26 @@ def test_an_empty_place_and_one_without_safetensors_are_named(s3: Server) -> Non
     with pytest.raises(CheckpointError, match=r"weights as pytorch_model\.bin"):
         storage.fetch(URI)
     assert contents(storage.fetch(URI, files=("config.json",))) == {"config.json": b"{}"}
+
+
+def test_a_gguf_file_is_copied_with_the_rest_of_its_split(s3: Server) -> None:
+    parts = {f"p-0000{number}-of-00002.gguf": b"GGUF%d" % number for number in (1, 2)}
+    others = {"p-00001-of-00003.gguf": b"", "whole[1].gguf": b"GGUF", "config.json": b"{}"}
+    s3.files = {f"/bucket/models/m/{name}": body for name, body in (parts | others).items()}
+    file = storage.fetch(f"{URI}/p-00002-of-00002.gguf")
+    assert file.name == "p-00002-of-00002.gguf"
+    assert contents(file.parent) == parts
+    whole = storage.fetch(f"{URI}/whole[1].gguf")
+    assert contents(whole.parent) == {"whole[1].gguf": b"GGUF"}
+    assert file.exists()
+    with pytest.raises(CheckpointError, match=r"absent\.gguf: there is no such file"):
+        storage.fetch(f"{URI}/absent.gguf")
+
+
+def test_of_a_directory_of_gguf_files_one_has_to_be_named(s3: Server) -> None:
+    s3.files = {f"/bucket/models/m/{name}.gguf": b"GGUF" for name in ("a", "b")}
+    with pytest.raises(CheckpointError, match=r"a\.gguf and 1 more.*Name one GGUF file"):
+        storage.fetch(URI)
 
 
 def test_a_refusal_is_named(s3: Server) -> None:

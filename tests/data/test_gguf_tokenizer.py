@@ -13,14 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
+from tenfold.base import gguf
 from tenfold.base.builtin import builtin_model
 from tenfold.base.errors import TokenizerError
 from tenfold.data.gguf_tokenizer import SPLITTERS, GGUFTokenizer, TokenType, build_tokenizer, read_end_token_ids
 from tenfold.data.tokenizer import Tokenizer
-from tenfold.nn import gguf
-from tests.data.vocabularies import BOS, CORPUS, EOS, TOOL, byte_level, gemma, llama_2
-
-TYPE = {True: TokenType.CONTROL, False: TokenType.USER_DEFINED}
+from tests.data.vocabularies import BOS, CORPUS, EOS, TOOL, byte_level, gemma, llama_2, metadata_of
 
 
 def texts() -> st.SearchStrategy[str]:
@@ -28,23 +26,6 @@ def texts() -> st.SearchStrategy[str]:
     words = st.sampled_from(" ".join(CORPUS).split(" "))
     spaced = st.lists(st.one_of(words, st.sampled_from([" ", "\n", "\t", "  ", "'s", "'LL", "12345"]))).map("".join)
     return st.one_of(st.text(max_size=40), spaced, st.lists(words, max_size=12).map(" ".join))
-
-
-def metadata_of(backend: tokenizers.Tokenizer, *, model: str, **extra: Any) -> dict[str, Any]:
-    """A vocabulary as converters write it."""
-    state = json.loads(backend.to_str())
-    ids = backend.get_vocab(with_added_tokens=True)
-    added = {token["id"]: token for token in state["added_tokens"]}
-    tokens = sorted(ids, key=lambda token: ids[token])
-    types = [TYPE[added[i]["special"]] if i in added else TokenType.NORMAL for i in range(len(tokens))]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]]
-    return {
-        "tokenizer.ggml.model": model,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": np.array([int(kind) for kind in types], np.int32),
-        "tokenizer.ggml.merges": merges,
-        **{f"tokenizer.ggml.{key}": value for key, value in extra.items()},
-    }
 
 
 def bpe(**extra: Any) -> dict[str, Any]:

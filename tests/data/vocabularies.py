@@ -2,10 +2,13 @@
 
 import functools
 import json
+from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from tenfold.data.gguf_tokenizer import TokenType
 from tenfold.data.tokenizer import Tokenizer
 
 CORPUS = [
@@ -131,3 +134,23 @@ def vocabulary(kind: str) -> tuple[tokenizers.Tokenizer, Tokenizer]:
     """The tokenizer of the library, which is the oracle, and ours on a copy of it."""
     oracle = BUILDERS[kind]()
     return oracle, Tokenizer(tokenizers.Tokenizer.from_str(oracle.to_str()))
+
+
+def metadata_of(backend: tokenizers.Tokenizer, *, model: str, **extra: Any) -> dict[str, Any]:
+    """A vocabulary as converters write it into a GGUF file."""
+    state = json.loads(backend.to_str())
+    ids = backend.get_vocab(with_added_tokens=True)
+    added = {token["id"]: token for token in state["added_tokens"]}
+    tokens = sorted(ids, key=lambda token: ids[token])
+    types = [
+        (TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED) if i in added else TokenType.NORMAL
+        for i in range(len(tokens))
+    ]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]]
+    return {
+        "tokenizer.ggml.model": model,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.array([int(kind) for kind in types], np.int32),
+        "tokenizer.ggml.merges": merges,
+        **{f"tokenizer.ggml.{key}": value for key, value in extra.items()},
+    }

@@ -10,20 +10,22 @@ from tenfold.engine import runner
 from tenfold.engine.config import EngineConfig
 from tenfold.engine.engine import Engine
 from tenfold.engine.memory import plan_cache
+from tenfold.engine.request import Sequence
+from tenfold.engine.runner import fetch_tokens
 from tenfold.engine.sampling_params import SamplingParams
+from tenfold.engine.scheduler import Chunk, Plan
 from tenfold.models.family import resolve
 from tenfold.runtime.engine_process import STALL_STEPS
 from tests.engine.oracle import CONFIGS, VOCABULARY, tiny_model
 
-LONG = 8192
-ONE = SamplingParams(max_tokens=1)
+LONG = 65536
 
 
 @pytest.fixture(scope="module")
 def engine(programs: None) -> Iterator[Engine]:
     """A tiny model with a context so long that attention is all that takes time."""
     model = resolve(CONFIGS["full"] | {"max_position_embeddings": LONG})
-    config = EngineConfig(max_num_seqs=1, max_num_batched_tokens=32, cache_memory=2**24)
+    config = EngineConfig(max_num_seqs=1, max_num_batched_tokens=32, cache_memory=2**25)
     plan = plan_cache(model, config, jnp.float32, 2**30, "cpu")
     assert plan.max_model_len == LONG
     engine = Engine(model, tiny_model("full").params, config, plan)
@@ -33,16 +35,26 @@ def engine(programs: None) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def slowest(engine: Engine) -> float:
-    """Seconds of a step that computes the last tokens of the context, as many as fit into it."""
-    prompt = [i * i % VOCABULARY for i in range(LONG - 32)]
+    """Seconds of a step that computes the last tokens of the longest sequence, as many as fit into it."""
+    seq = Sequence(
+        request_id="long",
+        index=0,
+        tokens=[i % VOCABULARY for i in range(LONG - 1)],
+        prompt_length=LONG - 1,
+        params=SamplingParams(temperature=0),
+        seed=(0, 0),
+        eos_token_ids=frozenset(),
+        max_tokens=1,
+        slot=0,
+        tables=[list(range(1, 1 + LONG // 32))],
+    )
+    plan = Plan((Chunk(seq, LONG - 33, 32, samples=True, admitted=True),))
     times: list[float] = []
-    for i in range(4):
-        engine.add("long", [*prompt, *[i] * 31], ONE)
+    for _ in range(5):
         start = time.perf_counter()
-        while engine.has_work:
-            engine.step()
+        fetch_tokens(engine._runner.run(plan))
         times.append(time.perf_counter() - start)
-    return min(times[1:])  # the others find the prefix that the first has computed
+    return min(times)
 
 
 def assert_foreseen(estimate: float, slowest: float) -> None:

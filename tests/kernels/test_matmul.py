@@ -111,9 +111,7 @@ def test_several_weights_at_once_give_what_each_gives_alone():
 def test_dequantisation_follows_its_definition(bits, group, groups, N, affine):
     weight, values = quantized(np.random.default_rng(N), group * groups, N, bits, group, affine=affine)
     np.testing.assert_allclose(weight.dequantize("float32"), values, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(
-        matmul.reference(jnp.eye(group * groups), weight), values, rtol=1e-6, atol=1e-6
-    )
+    np.testing.assert_allclose(matmul.reference(jnp.eye(group * groups), weight), values, rtol=1e-6, atol=1e-6)
 
 
 @needs_native

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from tenfold.kernels.matmul import QuantizedWeight
@@ -36,7 +37,15 @@ def load(path: Path, tensors: Tensors, config: dict[str, Any], tree: Tree, dtype
 
 def numbers(weight: jax.Array | QuantizedWeight) -> np.ndarray:
     """A loaded matrix [inputs, outputs] as the checkpoint has it: [N, D] in float32."""
-    return np.asarray(weight.dequantize("float32") if isinstance(weight, QuantizedWeight) else weight, np.float32).T
+    if not isinstance(weight, QuantizedWeight):
+        return np.asarray(weight, np.float32).T
+    codes = np.asarray(weight.codes)
+    if weight.bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=1).reshape(2 * len(codes), -1)
+    scales = np.repeat(np.asarray(weight.scales), weight.group, axis=0)
+    with np.errstate(invalid="ignore"):  # damaged scales
+        mins = weight.zero * scales if weight.mins is None else np.repeat(np.asarray(weight.mins), weight.group, axis=0)
+        return (codes * scales - mins).T
 
 
 def each(N: int, D: int, weight: Callable[[int, int], float]) -> np.ndarray:
@@ -149,3 +158,40 @@ def gptq_config(bits: int, group: int | None, **more: Any) -> dict[str, Any]:
 
 def awq_config(group: int, **more: Any) -> dict[str, Any]:
     return {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True} | more
+
+
+N, D = 16, 32
+"""The shape of the weight in `CASES`."""
+
+
+def _cases() -> dict[str, tuple[Tensors, dict[str, Any]]]:
+    rng = np.random.default_rng(0)
+    grouped = {"strategy": "group", "group_size": 8, "symmetric": False}
+    return {
+        "gptq": (draw_gptq(rng, N, D, 4, 8), gptq_config(4, 8, checkpoint_format="gptq_v2")),
+        "gptq 8 bits": (draw_gptq(rng, N, D, 8, None), gptq_config(8, None, format="gptq_v2")),
+        "awq": (draw_awq(rng, N, D, 8), awq_config(8)),
+        "packed": (draw_packed(rng, N, D, 4, 8, symmetric=False), compressed_config(**grouped)),
+        "integers": (
+            {NAME: rng.integers(-128, 128, (N, D)).astype(np.int8), f"{MODULE}.weight_scale": scales(rng, N, 1)},
+            compressed_config("int-quantized", num_bits=8),
+        ),
+        "fp8": (
+            {
+                NAME: rng.standard_normal((N, D)).astype(ml_dtypes.float8_e4m3fn),
+                f"{MODULE}.weight_scale_inv": scales(rng, 2, 2, dtype=np.float32),
+            },
+            {"quant_method": "fp8", "weight_block_size": [8, 16], "activation_scheme": "dynamic"},
+        ),
+        "mxfp4": (
+            {
+                f"{MODULE}.weight_blocks": rng.integers(0, 256, (N, 1, 16), dtype=np.uint8),
+                f"{MODULE}.weight_scales": rng.integers(110, 130, (N, 1), dtype=np.uint8),
+            },
+            {"quant_method": "mxfp4"},
+        ),
+    }
+
+
+CASES = _cases()
+"""A weight in each format, with what `quantization_config` says of it."""

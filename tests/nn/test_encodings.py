@@ -210,7 +210,9 @@ def test_packed_integers_with_one_signed_zero_point_per_byte(tmp_path: Path) -> 
 
 @FIXTURE
 @given(st.integers(0, 99), SIZE, SIZE, st.integers(1, 9), st.integers(1, 9), st.booleans())
-def test_blocks_of_integers(tmp_path: Path, seed: int, N: int, D: int, rows: int, columns: int, asymmetric: bool) -> None:
+def test_blocks_of_integers(
+    tmp_path: Path, seed: int, N: int, D: int, rows: int, columns: int, asymmetric: bool
+) -> None:
     rng = np.random.default_rng(seed)
     shape = (-(-N // rows), -(-D // columns))
     codes, zeros = rng.integers(-128, 128, (N, D)).astype(np.int8), rng.integers(-128, 128, shape).astype(np.int8)

@@ -74,9 +74,8 @@ def mutate_fields(body: Any, rng: random.Random) -> None:
             case 0 if isinstance(container, dict):
                 del container[key]
             case 1 if isinstance(container, dict):
-                container[rng.choice(["x", "", "tools", "suffix", "prompt", "messages", "stop", "n"])] = rng.choice(
-                    STRANGE
-                )
+                name = rng.choice(["x", "", "tools", "suffix", "prompt", "messages", "stop", "n"])
+                container[name] = copy.deepcopy(rng.choice(STRANGE))
             case 2:
                 other, other_key = rng.choice(places(body))
                 container[key] = copy.deepcopy(other[other_key])

@@ -1,1 +1,1 @@
-"""Errors, storage URIs and directories: what every other package may use and nothing more."""
+"""Errors, directories, storage URIs and checkpoint formats: what every other package may use and nothing more."""

@@ -1,6 +1,8 @@
 """The files of a checkpoint: which ones count, and writing them so that nobody sees them half done."""
 
+import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Generator, Iterable, Sequence
@@ -30,7 +32,10 @@ CHECKPOINT_FILES = (*TOKENIZER_FILES, "generation_config.json", "*.safetensors",
 SECOND_COPIES = ("consolidated*.safetensors",)
 """The same weights under other names, which Mistral's repositories carry as well."""
 
-_UNSAFE_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
+_UNSAFE_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+
+GGUF_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+"""The name of one of the files that a GGUF model is split into: what they share, its number from 1, and how many."""
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -38,17 +43,48 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
+def gguf_pattern(name: str) -> str:
+    """A shell pattern of the GGUF files of one model, given the name of one: that file, or all of a split."""
+    split = GGUF_SPLIT.fullmatch(name)
+    return glob.escape(name) if split is None else f"{glob.escape(split[1])}-?????-of-{split[3]}.gguf"
+
+
+def find_gguf(directory: Path) -> list[Path]:
+    """The files of the model that a directory has in GGUF; none if it has safetensors or neither.
+
+    Raises CheckpointError if there are several models.
+    """
+    files = sorted(directory.glob("*.gguf"))
+    if not files or any(directory.glob("*.safetensors")):
+        return []
+    pattern = gguf_pattern(files[0].name)
+    others = [file.name for file in files if not fnmatch(file.name, pattern)]
+    if others:
+        raise CheckpointError(f"{directory} has several GGUF models, {files[0].name} and {others[0]}; pass one file")
+    return files
+
+
 def no_safetensors(where: str, names: Iterable[str]) -> CheckpointError:
     """The error for a checkpoint without safetensors files, with advice that depends on the files that it has."""
-    unsafe = sorted(name for name in names if matches(name, _UNSAFE_WEIGHTS))
+    names = sorted(names)
+    gguf = [name for name in names if matches(name, ("*.gguf",))]
+    if gguf:
+        return CheckpointError(
+            f"{where} has no *.safetensors file but {_first(gguf)}; of what is not local, directories are read as "
+            "safetensors only. Name one GGUF file: in an object store by its URI, or one that is downloaded by its path"
+        )
+    unsafe = [name for name in names if matches(name, _UNSAFE_WEIGHTS)]
     if not unsafe:
         return CheckpointError(f"{where} has no *.safetensors file: it is not a checkpoint, or its weights are missing")
-    others = f" and {len(unsafe) - 1} more" if len(unsafe) > 1 else ""
     return CheckpointError(
-        f"{where} has its weights as {unsafe[0]}{others}; Tenfold reads safetensors only, because pickled weights can "
-        "run code. Convert them once with transformers, then pass the new directory: "
+        f"{where} has its weights as {_first(unsafe)}; Tenfold reads safetensors and GGUF only, because pickled "
+        "weights can run code. Convert them once with transformers, then pass the new directory: "
         f"AutoModelForCausalLM.from_pretrained({where!r}).save_pretrained(DIRECTORY)"
     )
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from huggingface_hub.utils import WeakFileLock, tqdm
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from tenfold.base.errors import CheckpointError
-from tenfold.base.files import CHECKPOINT_FILES, SECOND_COPIES, matches, no_safetensors
+from tenfold.base.files import CHECKPOINT_FILES, SECOND_COPIES, gguf_pattern, matches, no_safetensors
 from tenfold.base.paths import cache_dir
 
 if TYPE_CHECKING:
@@ -34,12 +34,13 @@ _CHUNK = 16 * 2**20  # a request must end within the client's timeout of 30 s
 def fetch(
     model: str | Path, *, revision: str | None = None, files: Sequence[str] = CHECKPOINT_FILES, progress: bool = False
 ) -> Path:
-    """The local directory of a model, downloaded if need be.
+    """The local directory or GGUF file of a model, downloaded if need be.
 
     Args:
-        model: a local directory or its `file://` URI, used in place; a `gs://`, `s3://` or `az://` URI of a directory,
-            which is copied into the cache, and again when it has changed; or a Hugging Face id, which
-            `huggingface_hub` keeps in its own cache. An existing directory wins over an id of the same name.
+        model: a local directory or GGUF file or its `file://` URI, used in place; a `gs://`, `s3://` or `az://` URI of
+            a directory or GGUF file, which is copied into the cache, and again when it has changed; or a Hugging Face
+            id, which `huggingface_hub` keeps in its own cache. An existing directory wins over an id of the same name.
+            Of a GGUF model that is split, any of its files stands for all.
         revision: branch, tag or commit; for a Hugging Face id only.
         files: shell patterns of the top-level files to download.
         progress: shows a progress bar while downloading.
@@ -50,7 +51,7 @@ def fetch(
     text = str(model)
     scheme = text.partition("://")[0] if "://" in text else None
     path = Path(url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text).expanduser()
-    is_path = scheme == "file" or (scheme is None and (path.exists() or not _HUB_ID.fullmatch(text)))
+    is_path = scheme == "file" or (scheme is None and (path.exists() or _is_gguf(text) or not _HUB_ID.fullmatch(text)))
     if revision is not None and (is_path or scheme is not None):
         raise CheckpointError(f"{text}: only a Hugging Face id has revisions; leave revision={revision!r} out")
     if is_path:
@@ -67,8 +68,19 @@ def _local(text: str, path: Path) -> Path:
     if path.is_dir():
         return path.absolute()
     if path.exists():
-        raise CheckpointError(f"{text} is a file; pass the directory that holds config.json and the weights")
+        if _is_gguf(path.name):
+            return path.absolute()
+        raise CheckpointError(f"{text} is a file; pass the directory with config.json and the weights, or a .gguf")
+    if _is_gguf(path.name):
+        raise CheckpointError(
+            f"{text}: there is no such file. A GGUF file is read from a path or an object store; one from the Hugging "
+            "Face hub has to be downloaded first, such as with `hf download REPOSITORY FILE --local-dir .`"
+        )
     raise CheckpointError(f"{text}: there is no such directory")
+
+
+def _is_gguf(name: str) -> bool:
+    return name.endswith(".gguf")
 
 
 # --- Hugging Face ---------------------------------------------------------------------------------------------------
@@ -127,7 +139,7 @@ class _NoBar(tqdm):
 
 
 def _fetch_objects(uri: str, files: Sequence[str], progress: bool) -> Path:
-    """Copies what is directly under a URI into a cache directory named by its content's version.
+    """Copies what is directly under a URI, or a GGUF file there, into a cache directory named by its content's version.
 
     So a file that stands there under its own name is whole and current; parts of files are resumed.
     """
@@ -136,17 +148,21 @@ def _fetch_objects(uri: str, files: Sequence[str], progress: bool) -> Path:
         import obstore.store  # noqa: PLC0415
     except ImportError:
         raise CheckpointError(f"{uri}: object stores need an extra package: pip install 'tenfold[cloud]'") from None
+    directory, _, name = uri.rpartition("/") if _is_gguf(uri) else (uri.rstrip("/"), "", "")
+    files = (gguf_pattern(name),) if name else files
     try:
         store = obstore.store.from_url(
-            uri.rstrip("/"), retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
+            directory, retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
         )
         listed = store.list_with_delimiter()["objects"]  # pyright: ignore[reportUnknownMemberType]
         wanted = [o for o in listed if matches(o["path"], files) and not matches(o["path"], SECOND_COPIES)]
-        if not wanted:
+        if name and name not in [o["path"] for o in wanted]:
+            raise CheckpointError(f"{uri}: there is no such file")
+        if not wanted and not any(_is_gguf(o["path"]) for o in listed):
             raise CheckpointError(f"{uri} has no file of a checkpoint; pass the URI of the directory with config.json")
         if matches("model.safetensors", files) and not any(o["path"].endswith(".safetensors") for o in wanted):
             raise no_safetensors(uri, [o["path"] for o in listed])
-        return _copy_objects(uri, store, wanted, progress)
+        return _copy_objects(uri, store, wanted, progress) / name
     except obstore.exceptions.PreconditionError:
         raise CheckpointError(f"{uri} changed while it was being downloaded; start again") from None
     except (obstore.exceptions.BaseError, OSError, ValueError) as error:

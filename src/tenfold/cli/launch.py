@@ -6,6 +6,7 @@ import shlex
 import socket
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -14,6 +15,7 @@ from tenfold.base import paths
 from tenfold.base.builtin import BUILTIN_MODEL, builtin_model
 from tenfold.base.files import TOKENIZER_FILES
 from tenfold.base.storage import fetch
+from tenfold.data import gguf_checkpoint
 from tenfold.data.generation_config import read_sampling_defaults
 from tenfold.data.tokenizer import Tokenizer
 from tenfold.engine.config import EngineConfig
@@ -33,7 +35,7 @@ class ModelChoice:
     """Which model is served, and as what.
 
     Attributes:
-        model: a directory, a Hugging Face id or a URI; None is the built-in model.
+        model: a directory, a GGUF file, a Hugging Face id or a URI; None is the built-in model.
         names: ids for requests; without any, what `model` says.
         tokenizer: where the tokenizer is, if not with the model.
         revision: of a Hugging Face id.
@@ -76,8 +78,7 @@ def serve_model(
         TenfoldError: an option is wrong, or the model cannot be served.
     """
     with listen(http) as listener:
-        path = builtin_model() if choice.model is None else fetch(choice.model, revision=choice.revision, progress=True)
-        tokenizer_path = path if choice.tokenizer is None else fetch(choice.tokenizer, files=TOKENIZER_FILES)
+        path, tokenizer_path = _find_files(choice)
         tokenizer = Tokenizer.load(tokenizer_path, chat_template=choice.chat_template)
         config = ServerConfig(
             model_names=choice.names or (choice.model or BUILTIN_MODEL,),
@@ -96,6 +97,18 @@ def serve_model(
                 print(_greeting(_base_url(http, listener), config, chat=chat), flush=True)
 
             serve(lambda: ServerState(engine, tokenizer, config), http, listener, announce)
+
+
+def _find_files(choice: ModelChoice) -> tuple[Path, Path]:
+    """The directories of the model and its tokenizer."""
+    if choice.model is None:
+        path = builtin_model()
+    else:
+        path = fetch(choice.model, revision=choice.revision, progress=True)
+        path = gguf_checkpoint.prepare(path, tokenizer=choice.tokenizer is None)
+    if choice.tokenizer is None:
+        return path, path
+    return path, gguf_checkpoint.prepare(fetch(choice.tokenizer, files=TOKENIZER_FILES))
 
 
 class _StartProgress:

@@ -25,6 +25,7 @@ def serve(
     log_level: options.Level = LogLevel.INFO,
     dtype: options.Dtype = EngineConfig.dtype,
     quantization: options.Quantization = EngineConfig.quantization,
+    kv_cache_dtype: options.KvCacheDtype = EngineConfig.kv_cache_dtype,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = EngineConfig.max_num_seqs,
     max_num_batched_tokens: options.MaxNumBatchedTokens = str(EngineConfig.max_num_batched_tokens),
@@ -64,6 +65,7 @@ def serve(
             max_waiting=max_waiting,
             dtype=dtype,
             quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
             seed=seed,
         ),
         HttpOptions(

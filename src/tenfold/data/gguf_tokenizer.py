@@ -138,7 +138,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> GGUFTokenizer:
     """Rebuild the tokenizer of a GGUF file.
 
     Args:
-        metadata: by key, as `tenfold.nn.gguf` reads them: arrays may be of any kind that can be iterated.
+        metadata: by key, as `tenfold.base.gguf` reads them: arrays may be of any kind that can be iterated.
 
     Raises:
         TokenizerError: there is none, or it is damaged, or of a kind that is not implemented; names key and value.

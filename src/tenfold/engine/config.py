@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from tenfold.base.errors import ConfigError
 
+KV_CACHE_DTYPES = ("auto", "int8")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -23,6 +25,8 @@ class EngineConfig:
         max_waiting: sequences that may wait for a slot; more are refused.
         dtype: "auto" computes in the fastest type at the checkpoint's precision on this device.
         quantization: "int8" or "int4" rounds the weights when they are loaded; None takes them as they are.
+        kv_cache_dtype: "auto" holds keys and values in the type that is computed in; "int8" in 8 bits with a scale for
+            each token and head, on a CPU with the native kernels.
         seed: of the seeds drawn for requests that bring none.
     """
 
@@ -37,6 +41,7 @@ class EngineConfig:
     max_waiting: int = 1024
     dtype: str = "auto"
     quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,6 +54,10 @@ class EngineConfig:
             raise ConfigError(f"decode_slowdown must be above 1; it is {self.decode_slowdown}.")
         if not 0 < self.memory_utilization <= 1:
             raise ConfigError(f"memory_utilization is a share, above 0 and at most 1; it is {self.memory_utilization}.")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(
+                f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}; it is {self.kv_cache_dtype!r}."
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "

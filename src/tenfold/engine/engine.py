@@ -122,9 +122,11 @@ class Engine:
             keep_freed_memory()
         stored = hf.get("dtype") or hf.get("torch_dtype")
         dtype = resolve_dtype(config.dtype, device.platform, stored, fast_bfloat16=native.available(device))
-        plan = plan_cache(model, config, dtype, free_memory(device), device.platform)
+        scheme = find_scheme(config.quantization)
+        quantizations = checkpoint.read_quantization(path), scheme
+        plan = plan_cache(model, config, dtype, free_memory(device), device.platform, *quantizations)
         model = model.with_max_len(plan.max_model_len)
-        finish = partial(_finish, find_scheme(config.quantization), native.available(device))
+        finish = partial(_finish, scheme, native.available(device))
         params = checkpoint.load(path, model.params(), dtype, finish=finish)
         return cls(model, params, config, plan, checkpoint.read_eos_token_ids(path), report)
 

@@ -11,6 +11,7 @@ from tenfold.base.builtin import builtin_model
 from tenfold.base.errors import RequestError
 from tenfold.base.files import TOKENIZER_FILES
 from tenfold.base.storage import fetch
+from tenfold.data import gguf_checkpoint
 from tenfold.data.completion import CompletionText
 from tenfold.data.generation_config import read_sampling_defaults
 from tenfold.data.tokenizer import Tokenizer
@@ -71,11 +72,12 @@ class LLM:
     """A model, its tokenizer and an engine in this process.
 
     Args:
-        model: a directory, a Hugging Face id, or an object-store URI; None is the built-in model.
+        model: a directory, a GGUF file, a Hugging Face id, or an object-store URI; None is the built-in model.
         tokenizer: where the tokenizer is, if not with the model.
         revision: of a Hugging Face id.
         dtype: "auto", "float32", "bfloat16" or "float16".
         quantization: "int8" or "int4" rounds the weights while they are loaded.
+        kv_cache_dtype: "auto", or "int8" for keys and values in 8 bits, on a CPU.
         max_model_len: longest sequence, prompt and output together.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: token budget of a step.
@@ -96,6 +98,7 @@ class LLM:
         revision: str | None = None,
         dtype: str = "auto",
         quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
@@ -104,8 +107,13 @@ class LLM:
         enable_prefix_caching: bool = True,
         seed: int = 0,
     ) -> None:
-        path = builtin_model() if model is None else fetch(model, revision=revision, progress=True)
-        self.tokenizer = Tokenizer.load(path if tokenizer is None else fetch(tokenizer, files=TOKENIZER_FILES))
+        path = builtin_model()
+        if model is not None:
+            path = fetch(model, revision=revision, progress=True)
+            path = gguf_checkpoint.prepare(path, tokenizer=tokenizer is None)
+        self.tokenizer = Tokenizer.load(
+            path if tokenizer is None else gguf_checkpoint.prepare(fetch(tokenizer, files=TOKENIZER_FILES))
+        )
         config = EngineConfig(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -117,6 +125,7 @@ class LLM:
             max_waiting=2**31,
             dtype=dtype,
             quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
             seed=seed,
         )
         self.engine = Engine.from_pretrained(path, config)

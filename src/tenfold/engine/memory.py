@@ -14,7 +14,7 @@ from tenfold.engine.pages import Group
 from tenfold.kernels.paged_attention import page_bytes
 from tenfold.models.family import Model
 from tenfold.nn.cache import CacheSpec
-from tenfold.nn.param import nbytes
+from tenfold.nn.quantization import Quantization, nbytes
 
 GIB = 2**30
 CPU_CACHE_BYTES = 4 * GIB  # a CPU's memory belongs to others too: take no more than this unless told to
@@ -43,14 +43,21 @@ def free_memory(device: Any) -> int:
     return psutil.virtual_memory().available
 
 
-def plan_cache(model: Model, config: EngineConfig, dtype: DTypeLike, free: int, platform: str) -> CachePlan:
-    """Sizes the cache for a model that is about to be loaded into `free` bytes.
+def cache_dtype(config: EngineConfig, dtype: DTypeLike) -> jnp.dtype:
+    """What keys and values are held in, where `dtype` is computed in."""
+    return jnp.dtype("int8" if config.kv_cache_dtype == "int8" else dtype)
+
+
+def plan_cache(
+    model: Model, config: EngineConfig, dtype: DTypeLike, free: int, platform: str, *quantizations: Quantization | None
+) -> CachePlan:
+    """Sizes the cache for a model about to be loaded into `free` bytes, its weights as `quantizations` hold them.
 
     Raises:
         ConfigError: if max_model_len is more than the model's own.
         MemoryBudgetError: if the weights, or the cache of one sequence, will not fit; says what to change.
     """
-    weights = nbytes(model.params(), dtype)
+    weights = nbytes(model.params(), dtype, *quantizations)
     budget = config.cache_memory
     if budget is None:
         budget = int(free * config.memory_utilization) - weights
@@ -67,7 +74,7 @@ def plan_cache(model: Model, config: EngineConfig, dtype: DTypeLike, free: int, 
             f"max_model_len={longest} is longer than the {model.config.max_len} positions that the model was made for."
         )
     while True:
-        plan = _plan(model.cache_specs(), config, dtype, longest, budget)
+        plan = _plan(model.cache_specs(), config, cache_dtype(config, dtype), longest, budget)
         if plan.num_bytes <= budget:
             return plan
         if config.max_model_len is not None or longest <= 64:

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tenfold.base.errors import ConfigError
 from tenfold.engine import programs
 from tenfold.engine.buckets import SMALLEST_MIXED, bucket, row_buckets, token_buckets
 from tenfold.engine.config import EngineConfig
+from tenfold.engine.memory import cache_dtype
 from tenfold.engine.outputs import TokenLogprobs
 from tenfold.engine.pages import Group
 from tenfold.engine.programs import PromptLogprobs, StepBatch
@@ -76,10 +78,17 @@ class Runner:
         self._blocks = -(-max_len // B)
         dtype = model.activation_dtype(params)
         on_native = native.available(params["norm"].devices().pop())
+        held = cache_dtype(config, dtype)
 
         def empty(spec: CacheSpec) -> Cache:
-            make = make_native_cache if on_native and has_native_cache(B, spec.head_dim, dtype) else make_cache
-            return make(pages[spec.window], B, spec.num_kv_heads, spec.head_dim, dtype)
+            natively = on_native and has_native_cache(B, spec.head_dim, held)
+            if held != dtype and not natively:
+                raise ConfigError(
+                    f"a cache in {held} needs the native CPU kernels, a block_size that is a multiple of 8, and heads "
+                    f"that are a multiple of 4 wide; here they are {spec.head_dim}. Use --kv-cache-dtype auto."
+                )
+            make = make_native_cache if natively else make_cache
+            return make(pages[spec.window], B, spec.num_kv_heads, spec.head_dim, held)
 
         self._caches = [empty(spec) for spec in specs]
         self._history = jnp.zeros((config.max_num_seqs + 1, max_len), jnp.int32)

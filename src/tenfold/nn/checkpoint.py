@@ -1,12 +1,11 @@
 """Reading and writing checkpoints in Hugging Face's layout: config.json, generation_config.json and safetensors.
 
-Quantised checkpoints are read, too: see `tenfold.nn.quantized_checkpoint`.
+Quantised checkpoints and GGUF files are read, too: see `tenfold.nn.quantized_checkpoint` and `gguf_checkpoint`.
 """
 
 import json
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,16 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from tenfold.base.affine import Affine
 from tenfold.base.errors import CheckpointError, ConfigError
-from tenfold.base.files import SECOND_COPIES, atomic_directory, matches, no_safetensors
+from tenfold.base.files import SECOND_COPIES, atomic_directory, find_gguf, matches, no_safetensors
 from tenfold.kernels.matmul import QuantizedWeight
-from tenfold.nn import quantized_checkpoint, safetensors, transfer
+from tenfold.nn import compressed_tensors, gguf_checkpoint, quantized_checkpoint, safetensors, transfer
 from tenfold.nn.encodings import Expected, Plain, Stored
 from tenfold.nn.layout import to_checkpoint, to_model
+from tenfold.nn.loading import Finish, load_params
 from tenfold.nn.param import Param, Source, Tree, is_param
-from tenfold.nn.quantization import Affine, from_affine
+from tenfold.nn.quantization import Quantization, from_affine
 from tenfold.nn.quantized_checkpoint import QuantizedFormat
 from tenfold.nn.safetensors import Deferred, SafetensorsFile
 
@@ -53,6 +53,16 @@ def read_config(path: Path) -> dict[str, Any]:
     config = _read_json(path / "config.json")
     quantized_checkpoint.read_format(config)
     return config
+
+
+def read_quantization(path: Path) -> Quantization | None:
+    """Which weights of a checkpoint will be held in the few bits that they are stored in; None for none.
+
+    Raises CheckpointError and UnsupportedModelError as `load` does.
+    """
+    if find_gguf(path):
+        return gguf_checkpoint.read_format(path)
+    return quantized_checkpoint.read_format(read_config(path))
 
 
 def read_eos_token_ids(path: Path) -> tuple[int, ...]:
@@ -122,7 +132,7 @@ def load(
     dtype: DTypeLike,
     *,
     shardings: Tree = None,
-    finish: Callable[[Param, jax.Array | QuantizedWeight], Any] | None = None,
+    finish: Finish | None = None,
     progress: bool = False,
 ) -> Tree:
     """The weights of a checkpoint's directory, on their devices.
@@ -135,7 +145,7 @@ def load(
     the host holds the numbers of one parameter at a time.
 
     Args:
-        path: a directory with safetensors, sharded with an index or not.
+        path: a directory with safetensors, sharded with an index or not; or with one GGUF model.
         tree: the declaration; the arrays come in the same tree.
         dtype: of the arrays, whatever the files hold.
         shardings: a matching pytree of shardings, or None for the default device.
@@ -147,30 +157,29 @@ def load(
             wrong shape; names tensors, files, and both shapes. All such tensors are reported at once.
         UnsupportedModelError: if the weights are quantised in a way that is not implemented.
     """
+    if find_gguf(path):
+        return gguf_checkpoint.load(path, tree, dtype, finish=finish, shardings=shardings, progress=progress)
     form = quantized_checkpoint.read_format(read_config(path)) if (path / "config.json").exists() else None
-    params, treedef = jax.tree.flatten(tree, is_leaf=is_param)
     files = _open(path)
-    found = _verify(path, params, files, form)
+    found = _verify(path, jax.tree.leaves(tree, is_leaf=is_param), files, form)
     _report(path, files, form)
-    targets = [None] * len(params) if shardings is None else treedef.flatten_up_to(shardings)
-    columns = (TextColumn("Loading weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    weights: list[Any] = []
     scattered = 0
-    with Progress(*columns, disable=not progress, transient=True) as bar:
-        task = bar.add_task("", total=sum(math.prod(p.shape) for p in params) * jnp.dtype(dtype).itemsize)
-        for p, target in zip(params, targets, strict=True):
-            stored = [found[source.name] for source in p.sources]
-            weight = _load_param(p, stored, files, dtype, target)
-            scattered += _may_be_quantized(p, target) and stored[0].integers and isinstance(weight, jax.Array)
-            weights.append(jax.block_until_ready(finish(p, weight)) if finish else weight)
-            bar.advance(task, math.prod(p.shape) * jnp.dtype(dtype).itemsize)
+
+    def read(p: Param, target: Any) -> jax.Array | QuantizedWeight:
+        nonlocal scattered
+        stored = [found[source.name] for source in p.sources]
+        weight = _load_param(p, stored, files, dtype, target)
+        scattered += _may_be_quantized(p, target) and stored[0].integers and isinstance(weight, jax.Array)
+        return weight
+
+    weights = load_params(tree, dtype, read, shardings=shardings, finish=finish, progress=progress)
     if scattered:
         log.warning(
             "%d quantised weights have scales whose inputs do not stand together (act-order): loaded as %s",
             scattered,
             jnp.dtype(dtype).name,
         )
-    return treedef.unflatten(weights)
+    return weights
 
 
 def _report(path: Path, files: Mapping[str, SafetensorsFile], form: QuantizedFormat | None) -> None:
@@ -179,9 +188,9 @@ def _report(path: Path, files: Mapping[str, SafetensorsFile], form: QuantizedFor
         return
     unused = [name for name in files if matches(name, form.unused)]
     notes = (*form.notes, *((f"{len(unused)} tensors of scales: {_list(unused)}",) if unused else ()))
-    log.info("%s: the weights are quantised (%s) and loaded as they are", path, form.method)
+    log.info("%s: the weights are quantised (%s), and read as they are", path, form.method)
     if notes:
-        log.info("%s: activations and the cache are not rounded. Not used: %s", path, "; ".join(notes))
+        log.info("%s: not used, because it says how to round other things than weights: %s", path, "; ".join(notes))
 
 
 def _may_be_quantized(p: Param, target: Any) -> bool:
@@ -350,7 +359,7 @@ def export(
     max_shard_bytes: int = 5 * 10**9,
     generation_config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a directory that `load` and `transformers` read.
+    """Writes a directory that `load` and `transformers` read; quantised weights as compressed-tensors does.
 
     The weights, config and generation config of an earlier checkpoint at `path` are replaced; other files, such as a
     tokenizer's, stay. An export that is interrupted leaves no directory, or one without config.json.
@@ -358,22 +367,25 @@ def export(
     Args:
         path: the directory.
         tree: the declaration.
-        arrays: the weights, in the same tree.
-        config: what config.json shall say; the dtype is added, and what it says of quantised weights is left out.
-        dtype: of the tensors in the files.
+        arrays: the weights, in the same tree; those that are symmetric about zero may be `QuantizedWeight`s.
+        config: what config.json shall say; the dtype is added, and what it says of quantised weights is replaced.
+        dtype: of the tensors in the files, and of the scales of quantised weights.
         max_shard_bytes: weights beyond this are split into several files with an index. A larger tensor has its own.
         generation_config: what generation_config.json shall say; None writes none.
 
     Raises:
         ConfigError: if the config names no architecture.
-        CheckpointError: if safetensors cannot hold the dtype, or parameters leave rows of a fused tensor out.
+        CheckpointError: if safetensors cannot hold the dtype, if parameters leave rows of a fused tensor out, or if the
+            format cannot hold a quantised weight.
     """
     if not config.get("architectures"):
         raise ConfigError("config has no 'architectures': without it nobody can tell which model to load")
     dtype = np.dtype(dtype)
     params, treedef = jax.tree.flatten(tree, is_leaf=is_param)
     leaves = treedef.flatten_up_to(arrays)
-    tensors = {name: _deferred(name, parts, leaves, dtype) for name, parts in _parts(params).items()}
+    tensors: dict[str, Deferred] = {}
+    for name, parts in _parts(params).items():
+        tensors |= _tensors(name, parts, leaves, dtype)
     shards = _split(tensors, max_shard_bytes)
     with atomic_directory(
         path, replaces=("*.safetensors", "generation_config.json"), last=(INDEX, "config.json")
@@ -389,20 +401,40 @@ def export(
         if generation_config is not None:
             _write_json(staging / "generation_config.json", generation_config)
         plain = {key: value for key, value in config.items() if key not in quantized_checkpoint.CONFIG_KEYS}
+        plain |= _quantization_config(params, leaves)
         _write_json(staging / "config.json", {**plain, "dtype": dtype.name, "torch_dtype": dtype.name})
 
 
-def _deferred(name: str, parts: Sequence[_Part], leaves: Sequence[jax.Array], dtype: np.dtype) -> Deferred:
-    """A tensor of the checkpoint, put together out of its parameters when it is written."""
+def _quantization_config(params: Sequence[Param], leaves: Sequence[Any]) -> dict[str, Any]:
+    """What config.json says of quantised weights; nothing if there are none."""
+    quantized: dict[str, QuantizedWeight] = {}
+    plain: list[str] = []
+    for p, leaf in zip(params, leaves, strict=True):
+        names = [name for source in p.sources for name in (source.name, *source.aliases)]
+        modules = [name.removesuffix(".weight") for name in names]
+        if isinstance(leaf, QuantizedWeight):
+            quantized[modules[0]] = leaf
+        elif p.inputs:
+            plain += modules
+    return {"quantization_config": compressed_tensors.describe(quantized, plain)} if quantized else {}
+
+
+def _tensors(name: str, parts: Sequence[_Part], leaves: Sequence[Any], dtype: np.dtype) -> dict[str, Deferred]:
+    """The tensors of one weight of the checkpoint, put together out of its parameters when they are written."""
     spans = [part.source.rows or (0, 0) for part in parts]
     if [start for start, _ in spans] != [0, *(stop for _, stop in spans[:-1])]:
         raise CheckpointError(f"{name}: the rows declared for it, {spans}, leave some out or overlap")
+    quantized = [leaf for part in parts if isinstance(leaf := leaves[part.leaf], QuantizedWeight)]
+    if quantized and len(quantized) < len(parts):
+        raise CheckpointError(f"{name}: only some of its parts are quantised; quantise all or none")
+    if quantized:
+        return compressed_tensors.pack(name, quantized, dtype)
 
     def make() -> np.ndarray:
         values = [to_checkpoint(_on_host(leaves[part.leaf], part), part.source.layout) for part in parts]
         return np.concatenate([value.astype(dtype) for value in values]) if len(parts) > 1 else values[0].astype(dtype)
 
-    return Deferred(dtype, _whole_shape(parts), make)
+    return {name: Deferred(dtype, _whole_shape(parts), make)}
 
 
 def _on_host(array: jax.Array, part: _Part) -> np.ndarray:

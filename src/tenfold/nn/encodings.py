@@ -22,8 +22,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int, Integer, UInt8
 
+from tenfold.base.affine import Affine, blocks_of, empty_columns, unpack_nibbles
 from tenfold.base.errors import CheckpointError
-from tenfold.nn.quantization import Affine, Grid, blocks_of, unpack_nibbles
+from tenfold.nn.quantization import Grid
 
 Shape = tuple[int, ...]
 Tensors = Mapping[str, np.ndarray]
@@ -184,7 +185,7 @@ def _affine(
     if zeros is not None and (zeros == middle).all():
         zeros = None
     if group_of is not None:
-        return _ungrouped(codes, scales, middle if zeros is None else zeros[:, group_of], group_of, dtype)
+        return _ungrouped(codes, scales, middle if zeros is None else zeros, group_of, dtype)
     packed = bits == 4 and codes.shape[1] % 2 == 0
     if packed:
         codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
@@ -198,10 +199,11 @@ def _ungrouped(
     codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | int, group_of: np.ndarray, dtype: DTypeLike
 ) -> np.ndarray:
     """Numbers, where the inputs that share a scale are not neighbours."""
-    out = np.empty(codes.shape, np.dtype(dtype))
-    for rows in blocks_of(*codes.shape):
-        zero = zeros if isinstance(zeros, int) else zeros[rows]
-        out[rows] = (codes[rows].astype(np.float32) - zero) * scales[rows][:, group_of]
+    out = empty_columns(codes.shape, dtype)
+    for rows in blocks_of(len(codes)):
+        zero = zeros if isinstance(zeros, int) else zeros[rows][:, group_of]
+        numbers = (codes[rows].astype(np.float32) - zero) * scales[rows][:, group_of]
+        out[rows] = np.asarray(numbers, out.dtype)
     return out
 
 
@@ -455,10 +457,10 @@ class Float8:
         group_of = np.arange(D) // (self.blocks.inputs or max(D, 1))
         numbers = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
         codes = tensors["weight"][rows].view(np.uint8)
-        out = np.empty(codes.shape, np.dtype(dtype))
-        with np.errstate(invalid="ignore", over="ignore"):
-            for part in blocks_of(*codes.shape):
-                out[part] = numbers[codes[part]] * (scales[part] if scales.shape[1] == 1 else scales[part][:, group_of])
+        out = empty_columns(codes.shape, dtype)
+        for part in blocks_of(len(codes)):
+            wide = scales[part] if scales.shape[1] == 1 else scales[part][:, group_of]
+            out[part] = np.asarray(numbers[codes[part]] * wide, out.dtype)
         return out
 
     def grid(self, D: int) -> None:

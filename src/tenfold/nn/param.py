@@ -118,7 +118,7 @@ def param(
 ) -> Param:
     """Declares a weight in one line: shape, logical axes, checkpoint name and layout."""
     source = Source(name=hf, layout=layout, rows=rows, aliases=aliases)
-    return Param(shape=shape, axes=axes, sources=(source,), init=init, inputs=inputs)
+    return Param(shape=shape, axes=axes, sources=(source,), init=init, scale=scale, inputs=inputs)
 
 
 def is_param(x: object) -> bool:

@@ -12,73 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Integer
+from jaxtyping import Array, Float
 
+from tenfold.base.affine import Affine, blocks_of, empty_columns
 from tenfold.base.errors import ConfigError
 from tenfold.kernels.matmul import QuantizedWeight
 from tenfold.nn.param import Param, Tree, leaves
 
 STEPS = 16  # scales tried for each group when weights are rounded
 NARROWEST = 0.7  # of the scale that reaches the group's largest weight
-BLOCK = 2**22  # weights whose float32 values are in memory at a time while a tensor is dequantised
-
-
-@dataclass(frozen=True, kw_only=True)
-class Affine:
-    """Rows of weights as checkpoints hold them, one row per output: weight = scale · code - minimum.
-
-    Attributes:
-        codes: int8 around zero where there are no minima; else uint8 from zero. [N, D], or [N, D / 2] if packed.
-        scales: of each group of D / G inputs.
-        minima: of each group, or None for formats that are symmetric about zero.
-        bits: how many bits the largest code needs.
-        packed: the codes are of 4 bits, two to a byte with the even input in the low half, and unsigned: around 8 where
-            there are no minima.
-    """
-
-    codes: Integer[np.ndarray, "*N C"]
-    scales: Float32[np.ndarray, "*N G"]
-    minima: Float32[np.ndarray, "*N G"] | None
-    bits: int
-    packed: bool = False
-
-    @property
-    def inputs(self) -> int:
-        return self.codes.shape[-1] * (2 if self.packed else 1)
-
-    @property
-    def group(self) -> int:
-        return self.inputs // self.scales.shape[-1]
-
-    def values(self, dtype: DTypeLike = np.float32) -> Float[np.ndarray, "*N D"]:
-        """The weights, computed in float32. Groups whose scale is not finite, in a damaged file, have weights that are
-        not."""
-        shape = (*self.codes.shape[:-1], self.inputs)
-        codes, scales = self.codes.reshape(-1, self.codes.shape[-1]), self.scales.reshape(-1, self.scales.shape[-1])
-        minima = None if self.minima is None else self.minima.reshape(scales.shape)
-        out = np.empty((len(codes), self.inputs), np.dtype(dtype))
-        for rows in blocks_of(*out.shape):
-            part = unpack_nibbles(codes[rows]) if self.packed else codes[rows]
-            grouped = part.reshape(-1, scales.shape[1], self.group).astype(np.float32)
-            with np.errstate(invalid="ignore", over="ignore"):
-                if self.packed and minima is None:
-                    grouped -= 8
-                grouped *= scales[rows, :, None]
-                if minima is not None:
-                    grouped -= minima[rows, :, None]
-                out[rows] = grouped.reshape(-1, self.inputs)
-        return out.reshape(shape)
-
-
-def blocks_of(rows: int, columns: int) -> list[slice]:
-    """Cuts rows into blocks that are small enough for temporary copies in float32."""
-    step = max(1, BLOCK // max(columns, 1))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def unpack_nibbles(codes: Integer[np.ndarray, "*N C"]) -> Integer[np.ndarray, "*N D"]:
-    """The codes of 4 bits in bytes that hold two, the first in the low half."""
-    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
 
 
 def from_affine(rows: Affine, dims: tuple[int, ...]) -> QuantizedWeight:
@@ -93,16 +35,24 @@ def from_affine(rows: Affine, dims: tuple[int, ...]) -> QuantizedWeight:
 
 
 def _turned(rows: np.ndarray) -> jax.Array:
-    """[N, C] as [C, N]: on the device, unless the rows are columns in memory already. A copy in any case."""
-    return jnp.array(rows.T) if rows.T.flags.c_contiguous else jnp.asarray(rows).T
+    """[N, C] as [C, N], sharing no memory with it."""
+    if rows.T.flags.c_contiguous:
+        return jnp.array(rows.T)
+    columns = empty_columns(rows.shape, rows.dtype)
+    for block in blocks_of(len(rows)):
+        columns[block] = rows[block]
+    return jnp.asarray(columns.T)
+
+
+def pack_codes(codes: jax.Array, bits: int) -> jax.Array:
+    """Codes [D, N] as a `QuantizedWeight` has them: of 4 bits, two to a byte."""
+    return codes[0::2] | (codes[1::2] << 4) if bits == 4 else codes
 
 
 def _weight(
     codes: jax.Array, scales: jax.Array, mins: jax.Array | None, bits: int, zero: int, dims: tuple[int, ...]
 ) -> QuantizedWeight:
-    if bits == 4:
-        codes = codes[0::2] | (codes[1::2] << 4)
-    return QuantizedWeight(codes=codes, scales=scales, mins=mins, bits=bits, zero=zero, dims=dims)
+    return QuantizedWeight(codes=pack_codes(codes, bits), scales=scales, mins=mins, bits=bits, zero=zero, dims=dims)
 
 
 @dataclass(frozen=True)
@@ -118,7 +68,6 @@ class Grid:
         return outputs * (inputs * bits // 8 + 4 * self.groups * (2 if self.minima else 1))
 
 
-@runtime_checkable
 @runtime_checkable
 class Quantization(Protocol):
     """What says which weights are held in few bits: a `Scheme`, or the format of a checkpoint."""

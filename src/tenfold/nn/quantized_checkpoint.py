@@ -1,7 +1,7 @@
 """Reading `quantization_config`: how each weight of a quantised Hugging Face checkpoint is stored.
 
-Weights are read exactly as they were rounded. What a checkpoint says about rounding activations or a cache, too, is
-left out: a model computes with them as they are, at least as precisely as asked for. `QuantizedFormat.notes` says so.
+Weights are read exactly as they were rounded. What a checkpoint says about rounding activations or a cache is not used:
+how to hold those is for the engine to decide. `QuantizedFormat.notes` has what is left out.
 
 Supported, by `quant_method`: compressed-tensors (its formats int-quantized, pack-quantized, float-quantized and
 naive-quantized), gptq, awq (gemm), fp8, and mxfp4. Everything else is refused by name.

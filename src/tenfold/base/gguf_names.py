@@ -9,14 +9,14 @@ https://github.com/ggml-org/llama.cpp, gguf-py/gguf/constants.py and the scripts
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int
 
 from tenfold.base.errors import CheckpointError, UnsupportedModelError
-from tenfold.nn.ggml_blocks import FLOATS
-from tenfold.nn.gguf import GGUFFile
+from tenfold.base.ggml_blocks import FLOATS
+from tenfold.base.gguf import GGUFFile
 
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_LONG = "rope_factors_long.weight"
@@ -208,7 +208,9 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
             have values that are not implemented; names key and value.
     """
     known, keys = naming(file), _Keys(file)
-    config = {"architectures": [known.architecture], "model_type": known.model_type} | _sizes(file, keys)
+    config: dict[str, Any] = {"architectures": [known.architecture], "model_type": known.model_type} | _sizes(
+        file, keys
+    )
     config |= dict([known.activation]) | {"tie_word_embeddings": "output.weight" not in file} | _read_dtype(file)
     config |= {
         "attention_bias": "blk.0.attn_q.bias" in file or "blk.0.attn_qkv.bias" in file,
@@ -234,9 +236,10 @@ class _Keys:
         """The value of a key or None. An array that has one value for all layers is that value."""
         self._asked.add(key)
         value = self._file.metadata.get(self._prefix + key)
-        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            return value[0].item()
-        return value
+        if not isinstance(value, np.ndarray):
+            return value
+        array = cast("np.ndarray", value)
+        return array[0].item() if array.size and (array == array[0]).all() else array
 
     def get(self, key: str) -> Any:
         """The value of a key that all layers share, or None."""
@@ -416,18 +419,15 @@ def _read_frequencies(file: GGUFFile, theta: float, dims: int) -> dict[str, Any]
 
 def _layer_types(keys: _Keys, layers: int, window: int | None, period: int) -> list[str]:
     """The kind of each layer: by an array, or every `period`-th sees everything, or all do."""
-    pattern = keys.values("attention.sliding_window_pattern")
-    pattern = period if pattern is None else pattern
-    if isinstance(pattern, bool):
-        pattern = np.full(layers, pattern)
-    if type(pattern) is int and pattern > 0:
-        slides = [(layer + 1) % pattern != 0 for layer in range(layers)]
-    elif isinstance(pattern, np.ndarray) and pattern.shape == (layers,) and pattern.dtype == np.bool_:
-        slides = pattern.tolist()
+    key = "attention.sliding_window_pattern"
+    given = keys.values(key)
+    pattern = np.asarray(period if given is None else given)
+    if pattern.dtype == np.bool_ and pattern.shape in ((), (layers,)):
+        slides = np.broadcast_to(pattern, layers).tolist()
+    elif pattern.dtype.kind == "i" and pattern.ndim == 0 and pattern > 0:
+        slides = [(layer + 1) % int(pattern) != 0 for layer in range(layers)]
     else:
-        raise keys.damaged(
-            "attention.sliding_window_pattern", pattern, f"a period, or a boolean for each of {layers} layers"
-        )
+        raise keys.damaged(key, given, f"a period, or a boolean for each of {layers} layers")
     return ["sliding_attention" if window is not None and slide else "full_attention" for slide in slides]
 
 

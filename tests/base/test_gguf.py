@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tenfold.base import ggml_blocks
+from tenfold.base import gguf as ours
 from tenfold.base.errors import CheckpointError
-from tenfold.nn import ggml_blocks
-from tenfold.nn import gguf as ours
-from tenfold.nn.ggml_blocks import FLOATS, GGMLType
-from tenfold.nn.gguf import Deferred
+from tenfold.base.ggml_blocks import FLOATS, GGMLType
+from tenfold.base.gguf import Deferred
 
 IN_TMP = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 SCALARS = [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64, np.float32, np.float64]
@@ -290,7 +290,7 @@ def test_views_outlive_the_file_and_its_handle(tmp_path: Path) -> None:
 
 
 def test_importing_it_loads_no_jax() -> None:
-    probe = "import sys; import tenfold.nn.gguf; sys.exit('jax' in sys.modules)"
+    probe = "import sys; import tenfold.base.gguf; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe]).returncode == 0
 
 

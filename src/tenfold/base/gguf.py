@@ -9,20 +9,19 @@ only. Imports no jax.
 
 import math
 import mmap
-import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 from jaxtyping import Float32
 
+from tenfold.base import ggml_blocks
 from tenfold.base.errors import CheckpointError
-from tenfold.base.files import atomic_write
-from tenfold.nn import ggml_blocks
-from tenfold.nn.ggml_blocks import FLOATS, OTHER_TYPES, GGMLType
+from tenfold.base.files import GGUF_SPLIT, atomic_write
+from tenfold.base.ggml_blocks import FLOATS, OTHER_TYPES, GGMLType
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
@@ -48,7 +47,6 @@ _MAX_DEPTH = 4
 _MAX_DIMS = 4
 _MAX_ALIGNMENT = 2**20
 _MAX_BYTES = 2**62
-_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -368,7 +366,7 @@ def _split_paths(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
     count = _split_number(path, metadata, "count", 1)
     if count <= 1:
         return [path]
-    match = _SPLIT.fullmatch(path.name)
+    match = GGUF_SPLIT.fullmatch(path.name)
     if match is None or int(match[3]) != count:
         raise CheckpointError(f"{path} is one of {count} files, whose names must end in -00001-of-{count:05}.gguf etc.")
     paths = [path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
@@ -470,9 +468,10 @@ def _encode_string(text: str) -> bytes:
 def _encode_value(path: Path, key: str, value: Any) -> tuple[int, bytes]:
     if isinstance(value, str):
         return _STRING, _encode_string(value)
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return _ARRAY, struct.pack("<IQ", _STRING, len(value)) + b"".join(map(_encode_string, value))
-    typed = np.asarray(value)
+    if isinstance(value, list) and all(isinstance(item, str) for item in cast("list[Any]", value)):
+        texts = cast("list[str]", value)
+        return _ARRAY, struct.pack("<IQ", _STRING, len(texts)) + b"".join(map(_encode_string, texts))
+    typed = np.asarray(cast("Any", value))
     if not isinstance(value, np.generic | np.ndarray):
         typed = typed.astype(_narrow(typed))
     kind = next((number for number, dtype in _SCALARS.items() if dtype == typed.dtype), None)

@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Float32, Integer, UInt8
+from jaxtyping import Float, Float32, UInt8
+
+from tenfold.base.affine import Affine
 
 
 class GGMLType(IntEnum):
@@ -49,36 +51,6 @@ FLOATS = {
     GGMLType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
 """The formats without blocks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Affine:
-    """Rows of weights in the form that kernels take: weight = scale · code - minimum.
-
-    Dims: `*rows` leading dims, C weights of a row, G = C / group.
-
-    Attributes:
-        codes: int8 around zero where there are no minima; else uint8 from zero.
-        scales: of each group.
-        minima: of each group, or None for formats that are symmetric about zero.
-        group: how many weights in a row share a scale.
-        bits: how many bits the largest code needs.
-    """
-
-    codes: Integer[np.ndarray, "*rows C"]
-    scales: Float32[np.ndarray, "*rows G"]
-    minima: Float32[np.ndarray, "*rows G"] | None
-    group: int
-    bits: int
-
-    def values(self) -> Float32[np.ndarray, "*rows C"]:
-        """The weights. Groups whose scale is not finite, in a damaged file, have weights that are not."""
-        grouped = self.codes.reshape(*self.scales.shape, self.group)
-        with np.errstate(invalid="ignore", over="ignore"):
-            weights = grouped * self.scales[..., None]
-            if self.minima is not None:
-                weights -= self.minima[..., None]
-        return weights.reshape(self.codes.shape)
 
 
 class _Parts(NamedTuple):
@@ -142,7 +114,6 @@ def unpack(raw: UInt8[np.ndarray, "*rows B"], type: GGMLType) -> Affine:
         codes=parts.codes.reshape(*rows, blocks * fmt.weights),
         scales=parts.scales.reshape(groups),
         minima=None if parts.minima is None else parts.minima.reshape(groups),
-        group=fmt.group,
         bits=fmt.bits,
     )
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tenfold.nn import ggml_blocks
-from tenfold.nn.ggml_blocks import FLOATS, GGMLType
+from tenfold.base import ggml_blocks
+from tenfold.base.ggml_blocks import FLOATS, GGMLType
 
 FEW = settings(max_examples=25)  # of every format, each of many blocks
 BLOCKS = [kind for kind in GGMLType if kind not in FLOATS]

@@ -11,11 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tenfold.base import gguf, gguf_names
 from tenfold.base.errors import CheckpointError, TenfoldError, UnsupportedModelError
-from tenfold.models import gguf_names
+from tenfold.base.gguf_names import NAMINGS, deinterleaved, interleaved, map_tensors, read_config
 from tenfold.models.family import Model, resolve
-from tenfold.models.gguf_names import NAMINGS, deinterleaved, interleaved, map_tensors, read_config
-from tenfold.nn import gguf
 from tenfold.nn.param import leaves
 from tests.parity.cases import CASES, make_weight
 
