@@ -17,11 +17,20 @@ PUBLIC_NAMES = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "_
 FLAGS = {
     "tenfold": {"--version"},
     "tenfold doctor": {"--timeout"},
+    "tenfold quantize": {"--output", "--scheme", "--calibration", "--samples", "--seed"},
     "tenfold serve": {
         *("--served-model-name", "--tokenizer", "--revision", "--chat-template", "--generation-config"),
         *("--host", "--port", "--api-key", "--root-path", "--ssl-keyfile", "--ssl-certfile", "--max-request-bytes"),
         *("--shutdown-timeout", "--disable-uvicorn-access-log", "--uvicorn-log-level", "--log-level"),
-        *("--dtype", "--quantization", "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens", "--block-size"),
+        *(
+            "--dtype",
+            "--quantization",
+            "--kv-cache-dtype",
+            "--max-model-len",
+            "--max-num-seqs",
+            "--max-num-batched-tokens",
+            "--block-size",
+        ),
         *("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--max-waiting", "--seed"),
         *("--enable-prefix-caching", "--no-enable-prefix-caching"),
     },
@@ -78,7 +87,7 @@ def test_every_folder_with_code_is_a_documented_package():
 def test_table_of_families_is_the_files():
     from tenfold.models import FAMILIES
 
-    files = {path.stem for path in (PACKAGE / "models").glob("*.py")} - {"__init__", "family", "gguf_names"}
+    files = {path.stem for path in (PACKAGE / "models").glob("*.py")} - {"__init__", "family"}
     assert set(FAMILIES.values()) == files
 
 

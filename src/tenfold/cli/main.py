@@ -5,6 +5,7 @@ import sys
 import typer
 
 from tenfold.cli.doctor import doctor
+from tenfold.cli.quantize import quantize
 from tenfold.cli.serve import serve
 from tenfold.cli.train import train
 
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(doctor)
+app.command()(quantize)
 app.add_typer(train, name="train")
 
 

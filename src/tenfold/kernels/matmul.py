@@ -12,7 +12,7 @@ Dims: M rows of activations, D inputs, N outputs, P panels of 32 outputs, G grou
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,7 +110,22 @@ class PackedWeight:
         return self.bits, self.group, self.zero, self.mins is not None
 
 
-Weight = jax.Array | QuantizedWeight | PackedWeight
+@dataclass(frozen=True, kw_only=True)
+class ObservedWeight:
+    """A weight whose products a function makes, which so sees the activations: what calibration is done with.
+
+    It holds no arrays and cannot be passed to a program: run what uses it under `jax.disable_jit`.
+
+    Attributes:
+        product: [M, D] -> [M, N].
+        dims: the output dims, whose product is N.
+    """
+
+    product: Callable[[jax.Array], jax.Array]
+    dims: tuple[int, ...]
+
+
+Weight = jax.Array | QuantizedWeight | PackedWeight | ObservedWeight
 
 
 def output_dims(weight: Weight, inputs: int) -> tuple[int, ...]:
@@ -122,7 +137,9 @@ def output_dims(weight: Weight, inputs: int) -> tuple[int, ...]:
 
 
 def reference(x: Float[Array, "M D"], weight: Weight, dtype: DTypeLike | None = None) -> Float[Array, "M N"]:
-    """The definition, in plain XLA: of a plain or quantised weight."""
+    """The definition, in plain XLA: of a plain, quantised or observed weight."""
+    if isinstance(weight, ObservedWeight):
+        return weight.product(x)
     assert not isinstance(weight, PackedWeight), "packed weights are for native products only"
     if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize(x.dtype)
@@ -212,6 +229,7 @@ def _columns(groups: Float[Array, "G N"]) -> Float[Array, "P G 32"]:
 
 def lookup(weight: Weight, columns: Int[Array, " T"], dtype: DTypeLike) -> Float[Array, "T D"]:
     """The weights of single outputs: what an embedding that also serves as the last product is asked for."""
+    assert not isinstance(weight, ObservedWeight), "an observed weight has products only"
     if isinstance(weight, QuantizedWeight):
         rows = replace(weight, codes=weight.codes[:, columns], scales=weight.scales[:, columns],
                        mins=None if weight.mins is None else weight.mins[:, columns])  # fmt: skip
