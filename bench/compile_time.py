@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from checkpoints import HALF_BILLION
 
+from tenfold.base.reach import FULL
 from tenfold.engine import programs
 from tenfold.engine.programs import StepBatch
-from tenfold.kernels.paged_attention import make_cache
 from tenfold.models.family import Model, resolve
 from tenfold.nn.param import abstract
 
@@ -34,9 +34,9 @@ def lower(model: Model, tokens: int, rows: int, *, decode_only: bool) -> Any:
         last=ints((rows,)),
     )
     caches = jax.eval_shape(
-        lambda: [make_cache(PAGES, PAGE, s.num_kv_heads, s.head_dim, np.float32) for s in model.cache_specs()]
+        lambda: [s.make(PAGES, PAGE, np.float32, native=False, held=np.float32) for s in model.cache_specs()]
     )
-    step = partial(programs.forward, model=model, windows=(None,), decode_only=decode_only)
+    step = partial(programs.forward, model=model, reaches=(FULL,), decode_only=decode_only)
     history = ints((SLOTS + 1, LENGTH))
     return jax.jit(step, donate_argnums=1).lower(abstract(model.params(), jnp.float32), caches, history, batch)
 

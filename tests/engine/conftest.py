@@ -10,7 +10,6 @@ from tenfold.engine.compilations import keep_programs
 from tenfold.engine.config import EngineConfig
 from tenfold.engine.engine import Engine
 from tenfold.engine.memory import blocks_of, plan_cache
-from tenfold.kernels.paged_attention import page_bytes
 from tests.engine.oracle import EOS, MAX_LEN, tiny_model
 
 ENGINES = {
@@ -43,9 +42,7 @@ def make_engine(name: str) -> Engine:
     longest = config.max_model_len or MAX_LEN
     B, chunk = config.block_size, config.max_num_batched_tokens
     cache_memory = sum(
-        page_bytes(B, spec.num_kv_heads, spec.head_dim, jnp.float32)
-        * (1 + blocks_of(spec.window, longest, chunk, B) * sequences)
-        for spec in specs
+        spec.page_bytes(B, jnp.float32) * (1 + blocks_of(spec.reach, longest, chunk, B) * sequences) for spec in specs
     )
     budget = replace(config, cache_memory=int(cache_memory))
     plan = plan_cache(tiny.model, budget, jnp.float32, 2**30, "cpu")

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tenfold.engine.sampling_params import SamplingParams
-from tenfold.kernels.attention import AttentionSpec, packed_attention
 from tenfold.models.family import Model, resolve
+from tenfold.nn.packed import packed_attend
 from tenfold.nn.param import Param, Tree, map_params
 
 VOCABULARY = 97
@@ -63,10 +63,7 @@ class TinyModel:
         return np.asarray(self._forward(self.params, padded), np.float64)[: len(tokens)]
 
     def _all_logits(self, params: Tree, tokens: jax.Array) -> jax.Array:
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, spec: AttentionSpec) -> tuple[jax.Array, Any]:
-            segments = jnp.zeros((1, q.shape[0]), jnp.int32)
-            return packed_attention(q[None], k[None], v[None], segments, spec)[0], cache
-
+        attend = packed_attend(jnp.zeros((1, tokens.shape[0]), jnp.int32))
         hidden, _ = self.model.forward(params, tokens, jnp.arange(tokens.shape[0]), attend)
         return self.model.logits(params, hidden)
 

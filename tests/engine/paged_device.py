@@ -7,6 +7,7 @@ trimmed, shared wrongly or never written is noticed at once. Dispatched steps ru
 import zlib
 from collections.abc import Sequence as SequenceOf
 
+from tenfold.base.reach import Reach
 from tenfold.engine.pages import Group
 from tenfold.engine.request import Sequence
 from tenfold.engine.scheduler import Chunk, Plan
@@ -19,9 +20,14 @@ def next_token(tokens: SequenceOf[int]) -> int:
     return zlib.crc32(repr(list(tokens)).encode()) % VOCABULARY
 
 
-def visible(window: int | None, position: int) -> range:
+def visible(reach: Reach, position: int) -> list[int]:
     """The positions that the token at `position` sees."""
-    return range(0 if window is None else max(0, position - window + 1), position + 1)
+    return [
+        seen
+        for seen in range(position + 1)
+        if (reach.window is None or position - seen < reach.window)
+        and (reach.chunk is None or seen // reach.chunk == position // reach.chunk)
+    ]
 
 
 class PagedDevice:
@@ -64,7 +70,7 @@ class PagedDevice:
     def read(self, seq: Sequence, position: int) -> None:
         """Checks that the token at `position` finds all that it sees."""
         for group, pages, table in zip(self.groups, self.pages, seq.tables, strict=True):
-            for seen in visible(group.window, position):
+            for seen in visible(group.reach, position):
                 page = table[seen // self.block_size]
                 assert page, f"position {seen} was dropped, and position {position} still sees it"
                 found = pages[page, seen % self.block_size]

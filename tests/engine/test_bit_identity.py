@@ -14,7 +14,6 @@ from tenfold.engine.engine import Engine
 from tenfold.engine.memory import blocks_of, cache_dtype, plan_cache
 from tenfold.engine.outputs import TokenLogprobs
 from tenfold.kernels import native
-from tenfold.kernels.paged_attention import page_bytes
 from tenfold.nn.packing import pack
 from tenfold.nn.param import is_param
 from tenfold.nn.quantization import SCHEMES, quantize_param
@@ -48,8 +47,7 @@ def make_engine(dtype: str, scheme: str | None, cache: str, model: str) -> Engin
     params = jax.tree.map(finish, tiny.model.params(), tiny.params, is_leaf=is_param)
     config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=24, block_size=8, kv_cache_dtype=cache)
     cache_memory = sum(
-        page_bytes(8, spec.num_kv_heads, spec.head_dim, cache_dtype(config, dtype))
-        * (1 + blocks_of(spec.window, MAX_LEN, 24, 8) * PREEMPTING)
+        spec.page_bytes(8, cache_dtype(config, dtype)) * (1 + blocks_of(spec.reach, MAX_LEN, 24, 8) * PREEMPTING)
         for spec in tiny.model.cache_specs()
     )
     config = replace(config, cache_memory=int(cache_memory))

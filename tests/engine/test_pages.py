@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tenfold.base.reach import FULL, Reach
 from tenfold.engine.pages import Group, PageLedger, PagePool
 from tenfold.engine.request import Sequence, prefix_root
 from tenfold.engine.sampling_params import SamplingParams
@@ -86,7 +87,7 @@ class PoolMachine(RuleBasedStateMachine):
 PoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
 TestPool = PoolMachine.TestCase
 
-GROUPS = (Group(None, 14), Group(5, 9), Group(12, 11))
+GROUPS = (Group(FULL, 14), Group(Reach(5), 9), Group(Reach(12), 11), Group(Reach(chunk=6), 9))
 BLOCK = 4
 MAX_LEN = 40
 
@@ -138,7 +139,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if cached:  # what the next token sees of the prefix is there
             position = cached - 1
             for group, pages, table in zip(GROUPS, self.device.pages, seq.tables, strict=True):
-                for seen in set(visible(group.window, position + 1)) - {cached}:
+                for seen in set(visible(group.reach, position + 1)) - {cached}:
                     found = pages[table[seen // BLOCK], seen % BLOCK]
                     assert found == tuple(seq.tokens[: seen + 1])
         self.started += 1
@@ -179,7 +180,7 @@ class LedgerMachine(RuleBasedStateMachine):
         seq = self.pick(pick)
         self.ledger.trim(seq)
         for group, table in zip(GROUPS, seq.tables, strict=True):
-            first = visible(group.window, seq.computed).start // BLOCK
+            first = visible(group.reach, seq.computed)[0] // BLOCK
             assert [bool(page) for page in table] == [block >= first for block in range(len(table))]
 
     @precondition(lambda self: self.live)
@@ -205,7 +206,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def tables_cover_what_can_be_seen(self) -> None:
         for seq in self.live:
             for group, table in zip(GROUPS, seq.tables, strict=True):
-                for position in set(visible(group.window, seq.computed)) - {seq.computed}:
+                for position in set(visible(group.reach, seq.computed)) - {seq.computed}:
                     assert table[position // BLOCK]
 
 
@@ -226,13 +227,13 @@ def compute(ledger: PageLedger, seq: Sequence) -> None:
 
 @pytest.mark.parametrize(("length", "cached"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (12, 8)])
 def test_a_hit_leaves_at_least_one_token_to_compute(length: int, cached: int) -> None:
-    ledger = PageLedger([Group(None, 20)], 4)
+    ledger = PageLedger([Group(FULL, 20)], 4)
     compute(ledger, sequence(list(range(12))))
     assert ledger.match_prefix(sequence(list(range(length)))) == cached
 
 
 def test_a_hit_ends_at_the_first_other_token() -> None:
-    ledger = PageLedger([Group(None, 20)], 4)
+    ledger = PageLedger([Group(FULL, 20)], 4)
     compute(ledger, sequence(list(range(12))))
     assert ledger.match_prefix(sequence([0, 1, 2, 3, 4, 5, 99, 7, 8, 9])) == 4
     assert ledger.match_prefix(sequence([99, 1, 2, 3, 4, 5, 6, 7, 8, 9])) == 0
@@ -240,7 +241,7 @@ def test_a_hit_ends_at_the_first_other_token() -> None:
 
 
 def test_salts_share_nothing() -> None:
-    ledger = PageLedger([Group(None, 20)], 4)
+    ledger = PageLedger([Group(FULL, 20)], 4)
     compute(ledger, sequence(list(range(12)), salt="one"))
     assert ledger.match_prefix(sequence(list(range(12)), salt="two")) == 0
     assert ledger.match_prefix(sequence(list(range(12)))) == 0
@@ -249,7 +250,7 @@ def test_salts_share_nothing() -> None:
 
 def test_a_prefix_outlives_its_continuation() -> None:
     """Freed pages go back last block first, so the first blocks, which others may share, are evicted last."""
-    ledger = PageLedger([Group(None, 7)], 4)
+    ledger = PageLedger([Group(FULL, 7)], 4)
     first = sequence(list(range(24)))
     compute(ledger, first)
     ledger.free(first)
@@ -258,7 +259,7 @@ def test_a_prefix_outlives_its_continuation() -> None:
 
 
 def test_a_window_needs_only_its_own_blocks() -> None:
-    ledger = PageLedger([Group(None, 6), Group(5, 5)], 4)
+    ledger = PageLedger([Group(FULL, 6), Group(Reach(5), 5)], 4)
     seq = sequence(list(range(17)))
     ledger.attach(seq, 0)
     for length in (4, 8, 12, 16, 17):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tenfold.base.reach import FULL, Reach
 from tenfold.engine.pages import Group, PageLedger
 from tenfold.engine.request import Sequence, Status, prefix_root
 from tenfold.engine.sampling_params import SamplingParams
@@ -22,7 +23,7 @@ class Sizes:
     """Of one scheduler; pools hold `longest` sequences of `MAX_LEN` tokens, and some pages more."""
 
     block_size: int = 4
-    windows: tuple[int | None, ...] = (None,)
+    reaches: tuple[Reach, ...] = (FULL,)
     max_num_seqs: int = 3
     max_num_batched_tokens: int = 8
     prefill_share: int | None = None  # tokens next to the decodes; None: all of the budget
@@ -65,7 +66,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         s = self.sizes
-        groups = [Group(window, 1 + int(self._blocks(window) * s.longest)) for window in s.windows]
+        groups = [Group(reach, 1 + int(self._blocks(reach) * s.longest)) for reach in s.reaches]
         share = s.prefill_share
         self.scheduler = Scheduler(
             ledger=PageLedger(groups, s.block_size),
@@ -93,9 +94,9 @@ class Simulation:
         ]
         self.inflight: list[tuple[Chunk, int]] | None = None
 
-    def _blocks(self, window: int | None) -> int:
-        """The most blocks that one sequence owns: any `window - 1 + budget` neighbouring tokens, however they lie."""
-        tokens = MAX_LEN if window is None else min(MAX_LEN, window - 1 + self.sizes.max_num_batched_tokens)
+    def _blocks(self, reach: Reach) -> int:
+        """The most blocks that one sequence owns: any `reach - 1 + budget` neighbouring tokens, however they lie."""
+        tokens = MAX_LEN if reach.most is None else min(MAX_LEN, reach.most - 1 + self.sizes.max_num_batched_tokens)
         return min(-(-MAX_LEN // self.sizes.block_size), (tokens - 2) // self.sizes.block_size + 2)
 
     def run(self, limit: int = 3000) -> None:
@@ -169,8 +170,8 @@ class Simulation:
     def _check_tables(self) -> None:
         """Every block that can still be seen is there; a window's group holds no others after a trim."""
         for seq in self.scheduler.running:
-            for window, table in zip(self.sizes.windows, seq.tables, strict=True):
-                first = visible(window, seq.computed).start // self.sizes.block_size
+            for reach, table in zip(self.sizes.reaches, seq.tables, strict=True):
+                first = visible(reach, seq.computed)[0] // self.sizes.block_size
                 covered = -(-seq.computed // self.sizes.block_size)
                 assert [bool(page) for page in table] == [block >= first for block in range(max(covered, len(table)))]
 
@@ -200,7 +201,11 @@ def sizes(draw: st.DrawFn) -> Sizes:
     seqs = draw(st.integers(1, 5))
     return Sizes(
         block_size=draw(st.sampled_from([1, 3, 4, 8])),
-        windows=draw(st.sampled_from([(None,), (None,), (None, 5), (6,), (None, 3, 9)])),
+        reaches=draw(
+            st.sampled_from(
+                [(FULL,), (FULL,), (FULL, Reach(5)), (Reach(6),), (FULL, Reach(3), Reach(9)), (FULL, Reach(chunk=7))]
+            )
+        ),
         max_num_seqs=seqs,
         max_num_batched_tokens=draw(st.integers(seqs, seqs + 12)),
         prefill_share=draw(st.sampled_from([None, 0, 1, 4])),
@@ -230,15 +235,15 @@ def test_any_workload_is_served_exactly_at_depth(size: Sizes, asked: list[Reques
     check_workload(size, asked)
 
 
-@pytest.mark.parametrize("windows", [(None,), (None, 5)])
-def test_a_crowd_in_a_small_cache_is_served(windows: tuple[int | None, ...]) -> None:
+@pytest.mark.parametrize("reaches", [(FULL,), (FULL, Reach(5)), (FULL, Reach(chunk=6))])
+def test_a_crowd_in_a_small_cache_is_served(reaches: tuple[Reach, ...]) -> None:
     """Preemptions happen often, the victims keep their tokens, and every page comes back."""
     random = Random(0)
     asked = [
         Request(prompt=tuple(random.choices(range(7), k=random.randint(1, 20))), arrives=i // 3, max_tokens=16)
         for i in range(24)
     ]
-    simulation = check_workload(Sizes(windows=windows, max_num_seqs=4, longest=1.0), asked)
+    simulation = check_workload(Sizes(reaches=reaches, max_num_seqs=4, longest=1.0), asked)
     assert simulation.scheduler.counters.preemptions > 10
     assert len(simulation.finished) == 24
 

@@ -17,7 +17,7 @@ def config(architecture: str, **own: Any) -> dict[str, Any]:
 
 
 def windows(hf: dict[str, Any]) -> list[int | None]:
-    return [spec.window for spec in resolve(hf).cache_specs()]
+    return [spec.reach.window for spec in resolve(hf).cache_specs()]
 
 
 def test_unknown_architecture_names_the_nearest_family() -> None:

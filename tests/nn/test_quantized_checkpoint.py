@@ -12,7 +12,6 @@ import pytest
 
 from tenfold.base.affine import Affine
 from tenfold.base.errors import CheckpointError
-from tenfold.kernels.attention import AttentionSpec, packed_attention
 from tenfold.kernels.matmul import QuantizedWeight
 from tenfold.models.family import Model, resolve
 from tenfold.nn import checkpoint, quantization, safetensors
@@ -21,6 +20,7 @@ from tenfold.nn.attention import attention_params
 from tenfold.nn.embedding import embedding_params
 from tenfold.nn.layout import to_checkpoint
 from tenfold.nn.mlp import mlp_params
+from tenfold.nn.packed import packed_attend
 from tenfold.nn.param import Param, Tree, param
 from tenfold.nn.quantization import SCHEMES, quantize_param
 from tenfold.nn.quantized_checkpoint import read_format
@@ -107,9 +107,7 @@ def test_a_weights_tensors_may_lie_in_several_files(tmp_path: Path) -> None:
 
 
 def logits(model: Model, weights: Tree, tokens: np.ndarray) -> jax.Array:
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, spec: AttentionSpec) -> tuple[jax.Array, Any]:
-        return packed_attention(q[None], k[None], v[None], jnp.zeros((1, len(q)), jnp.int32), spec)[0], cache
-
+    attend = packed_attend(jnp.zeros((1, len(tokens)), jnp.int32))
     x, _ = model.forward(weights, jnp.asarray(tokens), jnp.arange(len(tokens)), attend)
     return model.logits(weights, x)
 

@@ -2,16 +2,15 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tenfold.kernels.attention import AttentionSpec, packed_attention
 from tenfold.models.family import resolve
 from tenfold.nn import checkpoint
 from tenfold.nn import param as params
+from tenfold.nn.packed import packed_attend
 from tenfold.nn.param import Tree
 from tenfold.parallel.sharding import make_mesh
 
@@ -31,12 +30,9 @@ MODEL = resolve(HF)
 TOKENS = jnp.asarray([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, spec: AttentionSpec) -> tuple[jax.Array, Any]:
-    return packed_attention(q[None], k[None], v[None], jnp.zeros((1, len(q)), jnp.int32), spec)[0], cache
-
-
 @jax.jit
 def run(weights: Tree) -> tuple[jax.Array, jax.Array]:
+    attend = packed_attend(jnp.zeros((1, len(TOKENS)), jnp.int32))
     x, _ = MODEL.forward(weights, TOKENS, jnp.arange(len(TOKENS)), attend)
     return x, MODEL.logits(weights, x)
 

@@ -19,8 +19,8 @@ from tenfold.engine.config import EngineConfig
 from tenfold.engine.engine import Engine
 from tenfold.engine.outputs import TokenLogprobs
 from tenfold.engine.sampling_params import SamplingParams
-from tenfold.kernels.attention import AttentionSpec, packed_attention
 from tenfold.models.family import Model
+from tenfold.nn.packed import packed_attend
 from tests.parity.cases import make_weight
 
 TOLERANCE = 1e-4
@@ -77,10 +77,7 @@ def forward_packed(model: Model, params: Any, tokens: jax.Array, positions: jax.
     """Log-probabilities [R, L, V] of what follows each token of packed rows [R, L]."""
     R, L = tokens.shape
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, spec: AttentionSpec) -> tuple[jax.Array, Any]:
-        q, k, v = (x.reshape(R, L, *x.shape[1:]) for x in (q, k, v))
-        return packed_attention(q, k, v, segments, spec).reshape(R * L, *q.shape[2:]), cache
-
+    attend = packed_attend(segments)
     hidden, _ = model.forward(params, tokens.reshape(-1), positions.reshape(-1), attend)
     return jax.nn.log_softmax(model.logits(params, hidden), axis=-1).reshape(R, L, -1)
 

@@ -9,9 +9,9 @@ import psutil
 from jax.typing import DTypeLike
 
 from tenfold.base.errors import ConfigError, MemoryBudgetError
+from tenfold.base.reach import Reach
 from tenfold.engine.config import EngineConfig
 from tenfold.engine.pages import Group
-from tenfold.kernels.paged_attention import page_bytes
 from tenfold.models.family import Model
 from tenfold.nn.cache import CacheSpec
 from tenfold.nn.quantization import Quantization, nbytes
@@ -25,7 +25,7 @@ class CachePlan:
     """The sizes that an engine runs with.
 
     Attributes:
-        groups: pools of pages, one per distinct window.
+        groups: pools of pages, one per distinct reach.
         max_model_len: longest sequence.
         num_bytes: of all pools.
     """
@@ -89,19 +89,19 @@ def _plan(specs: Sequence[CacheSpec], config: EngineConfig, dtype: DTypeLike, lo
     """Every group gets pages for the same number of longest sequences: as many as fit, at least one, and no more than
     can run at once."""
     B = config.block_size
-    windows = list(dict.fromkeys(spec.window for spec in specs))
-    bytes_of = dict.fromkeys(windows, 0)
+    reaches = list(dict.fromkeys(spec.reach for spec in specs))
+    bytes_of = dict.fromkeys(reaches, 0)
     for spec in specs:
-        bytes_of[spec.window] += page_bytes(B, spec.num_kv_heads, spec.head_dim, dtype)
-    wanted = {w: blocks_of(w, longest, config.max_num_batched_tokens, B) for w in windows}
+        bytes_of[spec.reach] += spec.page_bytes(B, dtype)
+    wanted = {reach: blocks_of(reach, longest, config.max_num_batched_tokens, B) for reach in reaches}
     null_pages = sum(bytes_of.values())
-    each = sum(wanted[w] * bytes_of[w] for w in windows)
+    each = sum(wanted[reach] * bytes_of[reach] for reach in reaches)
     sequences = min(max(1.0, (budget - null_pages) / each), float(config.max_num_seqs))
-    groups = tuple(Group(w, 1 + int(wanted[w] * sequences)) for w in windows)
-    return CachePlan(groups, longest, sum(group.num_pages * bytes_of[group.window] for group in groups))
+    groups = tuple(Group(reach, 1 + int(wanted[reach] * sequences)) for reach in reaches)
+    return CachePlan(groups, longest, sum(group.num_pages * bytes_of[group.reach] for group in groups))
 
 
-def blocks_of(window: int | None, length: int, chunk: int, block_size: int) -> int:
-    """The most blocks that a sequence of `length` tokens owns at once: a window's, and a chunk being computed."""
-    seen = length if window is None else min(length, window + chunk + block_size)
+def blocks_of(reach: Reach, length: int, chunk: int, block_size: int) -> int:
+    """The most blocks that a sequence of `length` tokens owns at once: what is in reach, and a chunk being computed."""
+    seen = length if reach.most is None else min(length, reach.most + chunk + block_size)
     return -(-seen // block_size)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+from tenfold.base.reach import Reach
 from tenfold.engine.request import Sequence
 
 
@@ -83,9 +84,9 @@ class PagePool:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that share a block table. `window`: tokens that they see back, None for all."""
+    """Layers that share a block table, because their tokens see equally far back."""
 
-    window: int | None
+    reach: Reach
     num_pages: int
 
 
@@ -115,7 +116,7 @@ class PageLedger:
         seq.extend_hashes(self.block_size)
         longest = min(len(seq.hashes), (len(seq.tokens) - 1) // self.block_size)
         for pool, group in zip(self.pools, self.groups, strict=True):
-            if group.window is None:
+            if not group.reach.limited:
                 hits = (i for i in range(longest) if pool.find(seq.hashes[i]) is None)
                 longest = next(hits, longest)
         while longest > 0 and not self._windows_hold(seq, longest):
@@ -127,13 +128,13 @@ class PageLedger:
         return all(
             pool.find(seq.hashes[i]) is not None
             for pool, group in zip(self.pools, self.groups, strict=True)
-            if group.window is not None
+            if group.reach.limited
             for i in range(self._first_visible(group, blocks * self.block_size), blocks)
         )
 
     def _first_visible(self, group: Group, computed: int) -> int:
         """The first block that the token at position `computed` sees."""
-        return 0 if group.window is None else max(0, computed - group.window + 1) // self.block_size
+        return group.reach.first(computed) // self.block_size
 
     def attach(self, seq: Sequence, cached: int) -> None:
         """Starts a sequence on `cached` tokens that `match_prefix` found; it owns their visible pages from now on."""

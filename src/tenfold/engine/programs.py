@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tenfold.base.reach import Reach
 from tenfold.kernels import sampling
-from tenfold.kernels.attention import AttentionSpec
+from tenfold.kernels.attention import AttentionSpec, Heads
 from tenfold.kernels.paged_attention import Cache, NativeCache, RaggedBatch, paged_attention, update, write
 from tenfold.kernels.sampling import SamplingBatch
 from tenfold.models.family import Model
@@ -51,16 +52,17 @@ def forward(
     batch: StepBatch,
     *,
     model: Model,
-    windows: tuple[int | None, ...],
+    reaches: tuple[Reach, ...],
     decode_only: bool,
 ) -> tuple[list[Cache], Float[Array, "T D"], Float[Array, "S D"]]:
     """Computes a step: writes its keys and values, and returns all hidden states and those of each row's last token.
 
-    `windows` are those of the layer groups; `decode_only`: every row has one token. The caches are meant to be donated.
+    `reaches` are those of the layer groups; `decode_only`: every row has one token. The caches are meant to be donated.
     """
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache, spec: AttentionSpec) -> tuple[jax.Array, Cache]:
-        group = windows.index(spec.window)
+    def attend(heads: Heads, cache: Cache, spec: AttentionSpec) -> tuple[jax.Array, Cache]:
+        q, k, v = heads
+        group = reaches.index(spec.reach)
         ragged = RaggedBatch(
             batch.block_tables[group], batch.kv_lens, batch.query_starts, batch.num_decodes, batch.num_seqs
         )

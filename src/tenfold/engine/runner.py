@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tenfold.base.errors import ConfigError
 from tenfold.engine import programs
 from tenfold.engine.buckets import SMALLEST_MIXED, bucket, row_buckets, token_buckets
 from tenfold.engine.config import EngineConfig
@@ -26,10 +25,8 @@ from tenfold.engine.request import Sequence
 from tenfold.engine.sampling_params import MAX_BIAS_ENTRIES, MAX_LOGPROBS, SamplingParams
 from tenfold.engine.scheduler import Chunk, Plan
 from tenfold.kernels import native
-from tenfold.kernels.paged_attention import Cache, has_native_cache, make_cache, make_native_cache
 from tenfold.kernels.sampling import SamplingBatch
 from tenfold.models.family import Model
-from tenfold.nn.cache import CacheSpec
 from tenfold.nn.param import Tree
 
 log = logging.getLogger(__name__)
@@ -71,26 +68,16 @@ class Runner:
         """Allocates cache and history. `params` are the unstacked weights; `groups` from `memory.plan_cache`."""
         self.config, self.model, self._params = config, model, params
         self._max_len = max_len
-        specs = model.cache_specs()
-        self._windows = tuple(group.window for group in groups)
-        pages = {group.window: group.num_pages for group in groups}
+        self._reaches = tuple(group.reach for group in groups)
+        pages = {group.reach: group.num_pages for group in groups}
         B = config.block_size
         self._blocks = -(-max_len // B)
         dtype = model.activation_dtype(params)
         on_native = native.available(params["norm"].devices().pop())
         held = cache_dtype(config, dtype)
-
-        def empty(spec: CacheSpec) -> Cache:
-            natively = on_native and has_native_cache(B, spec.head_dim, held)
-            if held != dtype and not natively:
-                raise ConfigError(
-                    f"a cache in {held} needs the native CPU kernels, a block_size that is a multiple of 8, and heads "
-                    f"that are a multiple of 4 wide; here they are {spec.head_dim}. Use --kv-cache-dtype auto."
-                )
-            make = make_native_cache if natively else make_cache
-            return make(pages[spec.window], B, spec.num_kv_heads, spec.head_dim, held)
-
-        self._caches = [empty(spec) for spec in specs]
+        self._caches = [
+            spec.make(pages[spec.reach], B, dtype, native=on_native, held=held) for spec in model.cache_specs()
+        ]
         self._history = jnp.zeros((config.max_num_seqs + 1, max_len), jnp.int32)
         self._decodes = token_buckets(1, config.max_num_seqs)
         self._mixed = token_buckets(SMALLEST_MIXED, max(config.max_num_batched_tokens, SMALLEST_MIXED))
@@ -129,7 +116,7 @@ class Runner:
         hidden = jax.ShapeDtypeStruct((size, width), dtype)
         ints = jax.ShapeDtypeStruct((size,), jnp.int32)
         if name in ("decode", "mixed"):
-            step = partial(programs.forward, model=self.model, windows=self._windows, decode_only=name == "decode")
+            step = partial(programs.forward, model=self.model, reaches=self._reaches, decode_only=name == "decode")
             fn = jax.jit(step, donate_argnums=1)
             return fn.lower(params, abstract(self._caches), history, abstract(self._step_batch((), size)))
         if name == "sample":
@@ -167,7 +154,7 @@ class Runner:
         length = min(T, max(2, largest // most_rows), self._max_len - 1)
         rows = min(most_rows, T // length)
         longest = self._max_len - 1
-        longest = max(longest if window is None else min(longest, window + length) for window in self._windows)
+        longest = max(longest if reach.most is None else min(longest, reach.most + length) for reach in self._reaches)
         plain, keys = self.step_seconds["mixed", T], min(max(FEWEST_KEYS, length), longest)
         seconds = self._time_rows(rows, length, keys)
         while seconds - plain < ATTENTION_S and keys < longest:
@@ -189,7 +176,7 @@ class Runner:
             eos_token_ids=frozenset(),
             max_tokens=1,
             slot=self.config.max_num_seqs,
-            tables=[[] for _ in self._windows],
+            tables=[[] for _ in self._reaches],
         )
         plan = Plan((Chunk(seq, keys - length, length, samples=False, admitted=False),) * rows)
 
@@ -258,8 +245,8 @@ class Runner:
         S, B = bucket(min(T, self.config.max_num_seqs), self._rows), self.config.block_size
         slots = np.full(T, self.config.max_num_seqs, np.int32)
         positions = np.zeros(T, np.int32)
-        pages = np.zeros((len(self._windows), T), np.int32)
-        tables = np.zeros((len(self._windows), S, self._blocks), np.int32)
+        pages = np.zeros((len(self._reaches), T), np.int32)
+        tables = np.zeros((len(self._reaches), S, self._blocks), np.int32)
         kv_lens = np.zeros(S, np.int32)
         starts = np.zeros(S + 1, np.int32)
         at = 0

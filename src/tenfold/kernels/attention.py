@@ -6,11 +6,13 @@ pool, B tokens of a page, N pages of the longest sequence.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from tenfold.base.reach import Reach
 
 NEG_INF = -1e30  # finite, so that a row that is masked everywhere stays a number
 
@@ -21,7 +23,7 @@ class AttentionSpec:
 
     Attributes:
         scale: multiplies the scores.
-        window: a token sees this many last tokens, itself included; None sees all.
+        window, chunk: as in `Reach`.
         softcap: scores become softcap · tanh(scores / softcap).
         rope: which of the model's rotations the layer uses; None rotates nothing.
     """
@@ -30,17 +32,39 @@ class AttentionSpec:
     window: int | None = None
     softcap: float | None = None
     rope: str | None = "default"
+    chunk: int | None = None
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(self.window, self.chunk)
 
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, AttentionSpec], tuple[jax.Array, Any]]
-"""(q_THK, k_TJK, v_TJK, the layer's cache, spec) -> (o_THK, the updated cache)."""
+class Heads(NamedTuple):
+    """What a layer gives attention.
+
+    Attributes:
+        q: queries, rotated.
+        k, v: the keys and values of the same tokens.
+    """
+
+    q: Float[Array, "T H K"]
+    k: Float[Array, "T J K"]
+    v: Float[Array, "T J K"]
 
 
-def scores_mask(q_positions: Int[Array, "*q"], k_positions: Int[Array, "*k"], window: int | None) -> jax.Array:
-    """True where a query may see a key: not after it, and within the window. Broadcasts its arguments."""
+Attend = Callable[[Any, Any, Any], tuple[Any, Any]]
+"""(inputs, the layer's cache, spec) -> (outputs, the updated cache); `Heads` and AttentionSpec -> o_THK."""
+
+
+def scores_mask(q_positions: Int[Array, "*q"], k_positions: Int[Array, "*k"], reach: Reach) -> jax.Array:
+    """True where a query may see a key: not after it, and within reach. Broadcasts its arguments."""
     ahead = q_positions - k_positions
     seen = ahead >= 0
-    return seen if window is None else seen & (ahead < window)
+    if reach.window is not None:
+        seen &= ahead < reach.window
+    if reach.chunk is not None:
+        seen &= q_positions // reach.chunk == k_positions // reach.chunk
+    return seen
 
 
 def packed_attention(
@@ -62,7 +86,7 @@ def packed_attention(
     scores = jnp.einsum("rqjgk,rsjk->rjgqs", q.reshape(R, L, J, H // J, K), k, preferred_element_type=jnp.float32)
     scores = soft_cap(scores * spec.scale, spec.softcap)
     positions = jnp.arange(L)
-    mask = scores_mask(positions[:, None], positions[None, :], spec.window)
+    mask = scores_mask(positions[:, None], positions[None, :], spec.reach)
     mask = mask[None] & (segments[:, :, None] == segments[:, None, :])
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEG_INF), axis=-1)
     out = jnp.einsum("rjgqs,rsjk->rqjgk", weights.astype(v.dtype), v)

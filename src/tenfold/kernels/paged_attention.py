@@ -164,7 +164,7 @@ def reference(
     v = cache.v[tables].transpose(0, 1, 3, 2, 4).reshape(T, -1, J, K)
     scores = jnp.einsum("tjgk,tsjk->tjgs", q.reshape(T, J, H // J, K), k, preferred_element_type=jnp.float32)
     scores = soft_cap(scores * spec.scale, spec.softcap)
-    mask = scores_mask(positions[:, None], jnp.arange(tables.shape[1] * B)[None, :], spec.window)
+    mask = scores_mask(positions[:, None], jnp.arange(tables.shape[1] * B)[None, :], spec.reach)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEG_INF), axis=-1)
     return jnp.einsum("tjgs,tsjk->tjgk", weights.astype(v.dtype), v).reshape(T, H, K).astype(q.dtype)
 
@@ -262,7 +262,7 @@ def _attend(
         scores = _scores(q, k)
         scores = soft_cap(scores, spec.softcap).reshape(R, J, Q, G, chunk)
         keys = i * chunk + jnp.arange(chunk)
-        mask = scores_mask(positions[:, :, None], keys[None, None, :], spec.window)[:, None, :, None, :]
+        mask = scores_mask(positions[:, :, None], keys[None, None, :], spec.reach)[:, None, :, None, :]
         scores = jnp.where(mask, scores, NEG_INF).reshape(R, J, Q * G, chunk)
         new_peak = jnp.maximum(peak, scores.max(-1))
         weights = jnp.where(scores <= NEG_INF, 0, jnp.exp(scores - new_peak[..., None]))
@@ -271,9 +271,12 @@ def _attend(
         acc = acc * rescale[..., None] + _weighted_values(weights.astype(v.dtype), v)
         return new_peak, total, acc
 
-    first = 0
-    if spec.window is not None:  # the earliest key that any query sees
-        first = jnp.maximum(jnp.where(positions < 0, 2**30, positions).min() - spec.window + 1, 0)
+    earliest = jnp.where(positions < 0, 2**30, positions).min()
+    first = 0  # the earliest key that any query sees
+    if spec.window is not None:
+        first = jnp.maximum(earliest - spec.window + 1, first)
+    if spec.chunk is not None:
+        first = jnp.maximum(earliest // spec.chunk * spec.chunk, first)
     carry = (
         jnp.full((R, J, Q * G), NEG_INF, jnp.float32),
         jnp.zeros((R, J, Q * G), jnp.float32),

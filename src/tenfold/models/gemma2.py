@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tenfold.kernels.attention import Attend, AttentionSpec
+from tenfold.kernels.attention import Attend, AttentionSpec, Heads
 from tenfold.kernels.norm import rms_norm
 from tenfold.nn import attention, hf_config, rope
 from tenfold.nn.attention import attention_params
-from tenfold.nn.cache import CacheSpec
+from tenfold.nn.cache import CacheSpec, KeyValueSpec
 from tenfold.nn.embedding import embed, embedding_params, unembed
 from tenfold.nn.hf_config import HFConfig
 from tenfold.nn.layers import rotate
@@ -83,7 +83,7 @@ def kinds(c: Config) -> tuple[AttentionSpec, ...]:
 
 def cache_specs(c: Config) -> tuple[CacheSpec, ...]:
     """The cache that each layer needs."""
-    return tuple(CacheSpec(c.J, c.K, window) for window in c.windows)
+    return tuple(KeyValueSpec(c.J, c.K, window) for window in c.windows)
 
 
 def params(c: Config) -> Tree:
@@ -125,7 +125,7 @@ def forward(
 
     def block(x: jax.Array, w: Tree, spec: AttentionSpec, cache: Any) -> tuple[jax.Array, Any]:
         q, k, v = attention.qkv(norm(x, w["attn_norm"]), w)
-        o, cache = attend(rotate(q, *cos_sin), rotate(k, *cos_sin), v, cache, spec)
+        o, cache = attend(Heads(rotate(q, *cos_sin), rotate(k, *cos_sin), v), cache, spec)
         x = x + norm(attention.output(o, w), w["attn_post_norm"])
         return x + norm(gated_mlp(norm(x, w["mlp_norm"]), w, c.act), w["mlp_post_norm"]), cache
 

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from tenfold.kernels.attention import Attend, AttentionSpec
+from tenfold.kernels.attention import Attend, AttentionSpec, Heads
 from tenfold.kernels.norm import rms_norm
 from tenfold.nn import attention, hf_config, rope
 from tenfold.nn.attention import attention_params
-from tenfold.nn.cache import CacheSpec
+from tenfold.nn.cache import CacheSpec, KeyValueSpec
 from tenfold.nn.embedding import embed, embedding_params, unembed
 from tenfold.nn.hf_config import HFConfig
 from tenfold.nn.layers import rotate
@@ -71,7 +71,7 @@ def kinds(c: Config) -> tuple[AttentionSpec, ...]:
 
 def cache_specs(c: Config) -> tuple[CacheSpec, ...]:
     """The cache that each layer needs."""
-    return (CacheSpec(c.J, c.K, c.window),) * c.L
+    return (KeyValueSpec(c.J, c.K, c.window),) * c.L
 
 
 def params(c: Config) -> Tree:
@@ -105,7 +105,7 @@ def forward(
 
     def block(x: jax.Array, w: Tree, spec: AttentionSpec, cache: Any) -> tuple[jax.Array, Any]:
         q, k, v = attention.qkv(rms_norm(x, w["attn_norm"], c.eps), w)
-        o, cache = attend(rotate(q, *cos_sin), rotate(k, *cos_sin), v, cache, spec)
+        o, cache = attend(Heads(rotate(q, *cos_sin), rotate(k, *cos_sin), v), cache, spec)
         x = x + attention.output(o, w)
         return x + gated_mlp(rms_norm(x, w["mlp_norm"], c.eps), w, c.act), cache
 

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from tenfold.kernels.attention import Attend, AttentionSpec
+from tenfold.kernels.attention import Attend, AttentionSpec, Heads
 from tenfold.kernels.norm import rms_norm
 from tenfold.nn import attention, hf_config, rope
 from tenfold.nn.attention import attention_params, flat_norm, flat_norm_params
-from tenfold.nn.cache import CacheSpec
+from tenfold.nn.cache import CacheSpec, KeyValueSpec
 from tenfold.nn.embedding import embed, embedding_params, unembed
 from tenfold.nn.hf_config import HFConfig
 from tenfold.nn.layers import rotate
@@ -79,7 +79,7 @@ def kinds(c: Config) -> tuple[AttentionSpec, ...]:
 
 def cache_specs(c: Config) -> tuple[CacheSpec, ...]:
     """The cache that each layer needs."""
-    return tuple(CacheSpec(c.J, c.K, window) for window in c.windows)
+    return tuple(KeyValueSpec(c.J, c.K, window) for window in c.windows)
 
 
 def params(c: Config) -> Tree:
@@ -117,7 +117,7 @@ def forward(
         q, k, v = attention.qkv(x, w)
         q, k = flat_norm(q, w["q_norm"], c.eps), flat_norm(k, w["k_norm"], c.eps)
         cos_sin = angles[spec.rope or "full"]
-        o, cache = attend(rotate(q, *cos_sin), rotate(k, *cos_sin), v, cache, spec)
+        o, cache = attend(Heads(rotate(q, *cos_sin), rotate(k, *cos_sin), v), cache, spec)
         x = x + rms_norm(attention.output(o, w), w["attn_norm"], c.eps, offset=0.0)
         return x + rms_norm(gated_mlp(x, w, c.act), w["mlp_norm"], c.eps, offset=0.0), cache
 

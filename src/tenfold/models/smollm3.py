@@ -12,11 +12,11 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from tenfold.base.errors import ConfigError
-from tenfold.kernels.attention import Attend, AttentionSpec
+from tenfold.kernels.attention import Attend, AttentionSpec, Heads
 from tenfold.kernels.norm import rms_norm
 from tenfold.nn import attention, hf_config, rope
 from tenfold.nn.attention import attention_params
-from tenfold.nn.cache import CacheSpec
+from tenfold.nn.cache import CacheSpec, KeyValueSpec
 from tenfold.nn.embedding import embed, embedding_params, unembed
 from tenfold.nn.hf_config import HFConfig
 from tenfold.nn.layers import rotate
@@ -90,7 +90,7 @@ def kinds(c: Config) -> tuple[AttentionSpec, ...]:
 
 def cache_specs(c: Config) -> tuple[CacheSpec, ...]:
     """The cache that each layer needs."""
-    return tuple(CacheSpec(c.J, c.K, window) for window in c.windows)
+    return tuple(KeyValueSpec(c.J, c.K, window) for window in c.windows)
 
 
 def params(c: Config) -> Tree:
@@ -126,7 +126,7 @@ def forward(
         q, k, v = attention.qkv(rms_norm(x, w["attn_norm"], c.eps), w)
         if spec.rope is not None:
             q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        o, cache = attend(q, k, v, cache, spec)
+        o, cache = attend(Heads(q, k, v), cache, spec)
         x = x + attention.output(o, w)
         return x + gated_mlp(rms_norm(x, w["mlp_norm"], c.eps), w, c.act), cache
 

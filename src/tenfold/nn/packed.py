@@ -1,0 +1,27 @@
+"""What mixes tokens when whole sequences lie packed in rows: training, and the references of tests.
+
+Dims: R rows, L tokens of a row; T = R · L.
+"""
+
+from typing import Any
+
+import jax
+from jaxtyping import Array, Int
+
+from tenfold.kernels.attention import Attend, AttentionSpec, Heads, packed_attention
+
+
+def packed_attend(segments: Int[Array, "R L"]) -> Attend:
+    """An `Attend` for T tokens that are R rows end to end: without caches, causal, and within each segment of a row.
+
+    Args:
+        segments: an id per token; tokens see only tokens of the same id in the same row.
+    """
+    R, L = segments.shape
+
+    def attend(heads: Heads, cache: Any, spec: AttentionSpec) -> tuple[jax.Array, Any]:
+        q, k, v = (x.reshape(R, L, *x.shape[1:]) for x in heads)
+        o = packed_attention(q, k, v, segments, spec)
+        return o.reshape(R * L, *o.shape[2:]), cache
+
+    return attend
