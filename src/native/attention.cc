@@ -468,11 +468,13 @@ void attend(const Attention& a, const QueryBlock& block, int64_t split, void* sc
 #if defined(__AVX512F__)
   const bool narrow = a.query_type == Element::kBF16;
   auto* pass = a.cache_type == Element::kF32    ? attend_as<Wide<F32>>
+               : a.cache_type == Element::kFp8  ? attend_as<Wide<Fp8>>
                : a.cache_type == Element::kInt8 ? (narrow ? attend_as<Fixed<2>> : attend_as<Fixed<3>>)
                : narrow                         ? attend_as<Narrow>
                                                 : attend_as<Wide<BF16>>;
 #else
   auto* pass = a.cache_type == Element::kF32    ? attend_as<Wide<F32>>
+               : a.cache_type == Element::kFp8  ? attend_as<Wide<Fp8>>
                : a.cache_type == Element::kInt8 ? attend_as<Wide<Int8>>
                                                 : attend_as<Wide<BF16>>;
 #endif
