@@ -195,10 +195,14 @@ def _read(
     cache: PagedCache, pages: Int[Array, "*n"], dtype: DTypeLike
 ) -> tuple[Float[Array, "*n J K B"], Float[Array, "*n J B K"]]:
     """The keys and values of some pages; those of 8 bits in `dtype`."""
-    k, v, k_scales, v_scales = (None if x is None else x.at[pages].get(mode="promise_in_bounds") for x in cache)
-    if k_scales is not None and v_scales is not None:
-        k = (k.astype(jnp.float32) * k_scales[..., None, :]).astype(dtype)
-        v = (v.astype(jnp.float32) * v_scales[..., None]).astype(dtype)
+
+    def take(x: jax.Array) -> jax.Array:
+        return x.at[pages].get(mode="promise_in_bounds")
+
+    k, v = take(cache.k), take(cache.v)
+    if cache.k_scales is not None and cache.v_scales is not None:
+        k = (k.astype(jnp.float32) * take(cache.k_scales)[..., None, :]).astype(dtype)
+        v = (v.astype(jnp.float32) * take(cache.v_scales)[..., None]).astype(dtype)
     return k, v
 
 
