@@ -95,7 +95,7 @@ def report() -> str:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 2])
 def test_bits_do_not_depend_on_the_number_of_threads(threads: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from tests.kernels.test_threads import report; print(report())"],
