@@ -69,6 +69,7 @@ def test_sampling_has_the_files_defaults(tmp_path: Path, caplog: pytest.LogCaptu
         names.SAMPLING_MIROSTAT: np.int32(0),
     }
     plain = {key: value for key, value in metadata().items() if not key.startswith("tokenizer.")}
+    plain["tokenizer.ggml.model"] = "no_vocab"
     file = tmp_path / "a.gguf"
     gguf.write(file, plain | wanted, tensors(GGMLType.Q4_0))
     assert read_sampling_defaults(prepare(file, tokenizer=False)) == {

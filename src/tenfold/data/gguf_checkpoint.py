@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def prepare(path: Path, *, tokenizer: bool = True) -> Path:
                     (staging / name).write_text(text, encoding="utf-8")
                 for file in files:
                     (staging / file.name).symlink_to(file)
-        os.utime(directory)
+        now = time.time_ns()  # finer than the clock of the file system
+        os.utime(directory, ns=(now, now))
         _prune(home)
     lacking = [_SAMPLING + name for name in _OTHER_SAMPLERS if model.metadata.get(_SAMPLING + name)]
     if lacking:
