@@ -4,6 +4,7 @@ Configuration, tokenizer, chat template and defaults of sampling are written onc
 stay where they are, and links lead to them.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -36,7 +37,8 @@ _SAMPLING_FIELDS = {  # of generation_config.json
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-_OTHER_SAMPLERS = ("sequence", "mirostat", "xtc_probability", "penalty_last_n")  # which are off at 0
+_OTHER_SAMPLERS = ("sequence", "mirostat", "xtc_probability", "penalty_last_n")
+_NOTHING = (0, -1, "")  # of them: 0 turns one off, and a penalty over the last -1 tokens is ours, over all
 
 
 def prepare(path: Path, *, tokenizer: bool = True) -> Path:
@@ -76,11 +78,13 @@ def prepare(path: Path, *, tokenizer: bool = True) -> Path:
                 for file in files:
                     (staging / file.name).symlink_to(file)
         now = time.time_ns()  # finer than the clock of the file system
-        os.utime(directory, ns=(now, now))
+        with contextlib.suppress(PermissionError):  # another user's, in a cache that is shared
+            os.utime(directory, ns=(now, now))
         _prune(home)
-    lacking = [_SAMPLING + name for name in _OTHER_SAMPLERS if model.metadata.get(_SAMPLING + name)]
+    lacking = [key for key in _OTHER_SAMPLERS if model.metadata.get(_SAMPLING + key, 0) not in _NOTHING]
     if lacking:
-        log.warning("%s: %s are not implemented; sampling goes without.", files[0], ", ".join(lacking))
+        names = ", ".join(_SAMPLING + key for key in lacking)
+        log.warning("%s: %s are not implemented; sampling goes without.", files[0], names)
     return directory
 
 
