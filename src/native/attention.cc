@@ -1,6 +1,7 @@
 // Paged attention of one block of queries; compiled once per instruction set.
 #include "attention.h"
 
+#include "attention_state.h"
 #include "attention_tiles.h"
 #include "cache_write.h"
 #include "functions.h"
@@ -16,19 +17,8 @@ namespace {
 constexpr int64_t kGroups = kChunk / kGroup;
 
 typedef uint8_t U8x16 __attribute__((vector_size(16)));
-typedef uint16_t U16x16 __attribute__((vector_size(32)));
 
 inline int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
-
-inline U16x16 to_bf16(F32x16 v) {
-#if defined(__AVX512BF16__)
-  return (U16x16)_mm512_cvtneps_pbh((__m512)v);
-#else
-  U16x16 out;
-  for (int i = 0; i < kLanes; ++i) out[i] = float_to_bf16(v[i]);
-  return out;
-#endif
-}
 
 // Rows of a tile, and the keys that any of them sees.
 struct Tile {
@@ -478,59 +468,17 @@ void attend(const Attention& a, const QueryBlock& block, int64_t split, void* sc
 #if defined(__AVX512F__)
   const bool narrow = a.query_type == Element::kBF16;
   auto* pass = a.cache_type == Element::kF32    ? attend_as<Wide<F32>>
+               : a.cache_type == Element::kFp8  ? attend_as<Wide<Fp8>>
                : a.cache_type == Element::kInt8 ? (narrow ? attend_as<Fixed<2>> : attend_as<Fixed<3>>)
                : narrow                         ? attend_as<Narrow>
                                                 : attend_as<Wide<BF16>>;
 #else
   auto* pass = a.cache_type == Element::kF32    ? attend_as<Wide<F32>>
+               : a.cache_type == Element::kFp8  ? attend_as<Wide<Fp8>>
                : a.cache_type == Element::kInt8 ? attend_as<Wide<Int8>>
                                                 : attend_as<Wide<BF16>>;
 #endif
   pass(a, block, split, scratch, partial);
-}
-
-// A row's state ends in the largest score so far and the total of the weights relative to it.
-void clear(const Attention& a, int64_t rows, float* state) {
-  const int64_t ld = a.state_floats();
-  std::memset(state, 0, static_cast<size_t>(rows * ld) * sizeof(float));
-  for (int64_t m = 0; m < rows; ++m) state[m * ld + ld - kLanes] = -kInfinity;
-}
-
-__attribute__((noinline)) void merge(const Attention& a, int64_t rows, const float* partial, float* state) {
-  const int64_t ld = a.state_floats(), values = ld - kLanes;
-  for (int64_t m = 0; m < rows; ++m, partial += ld, state += ld) {
-    const float ours = state[values], theirs = partial[values];
-    const float peak = theirs > ours ? theirs : ours;
-    const float keep = ours == peak ? 1 : exp2(ours - peak), add = theirs == peak ? 1 : exp2(theirs - peak);
-    state[values] = peak;
-    state[values + 1] = state[values + 1] * keep + partial[values + 1] * add;
-    for (int64_t i = 0; i < values; i += kLanes)
-      store(state + i, fma(load<F32x16>(state + i), splat(keep), load<F32x16>(partial + i) * add));
-  }
-}
-
-void finish(const Attention& a, const QueryBlock& block, const float* state) {
-  const int64_t G = a.group(), ld = a.state_floats(), values = ld - kLanes;
-  for (int64_t m = 0; m < block.count * G; ++m, state += ld) {
-    const int64_t head = block.head * G + m % G, at = ((block.token + m / G) * a.H + head) * a.K;
-    float total = state[values + 1], factor = 1;
-    if (a.sinks) {
-      const float sink = a.sinks[head] * kLog2e, peak = sink > state[values] ? sink : state[values];
-      factor = exp2(state[values] - peak);
-      total = total * factor + exp2(sink - peak);
-    }
-    for (int64_t v = 0; v * kLanes < values; ++v) {
-      // Adding 0 leaves no negative one, whose sign would tell of additions of 0.
-      const F32x16 out = load<F32x16>(state + v * kLanes) * factor / total + 0.0f;
-      const int64_t column = a.K < kLanes ? 0 : column_of(v, a.K), lanes = min(kLanes, a.K);
-      if (a.query_type == Element::kF32) {
-        std::memcpy(static_cast<float*>(a.out) + at + column, &out, static_cast<size_t>(lanes) * sizeof(float));
-      } else {
-        const U16x16 narrow = to_bf16(out);
-        std::memcpy(static_cast<uint16_t*>(a.out) + at + column, &narrow, static_cast<size_t>(lanes) * 2);
-      }
-    }
-  }
 }
 
 }  // namespace

@@ -33,6 +33,7 @@ FORMATS: dict[
     "float32": ("float32", None, "auto"),
     "bfloat16": ("bfloat16", None, "auto"),
     "int8": ("float32", "int8", "int8"),
+    "fp8": ("bfloat16", None, "fp8"),
 }
 PREEMPTING = 1.4  # longest sequences that the cache holds, of the four that may run
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tenfold.base.errors import ConfigError
 
-KV_CACHE_DTYPES = ("auto", "int8")
+KV_CACHE_DTYPES = {"auto": None, "int8": "int8", "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class EngineConfig:
         max_waiting: sequences that may wait for a slot; more are refused.
         dtype: "auto" computes in the fastest type at the checkpoint's precision on this device.
         quantization: "int8" or "int4" rounds the weights when they are loaded; None takes them as they are.
-        kv_cache_dtype: "auto" holds keys and values in the type that is computed in; "int8" in 8 bits with a scale for
-            each token and head, on a CPU with the native kernels.
+        kv_cache_dtype: "auto" holds keys and values in the type that is computed in; "int8" and "fp8" ("fp8_e4m3") in 8
+            bits with a scale for each token and head.
         seed: of the seeds drawn for requests that bring none.
     """
 

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from tenfold.base.errors import ConfigError, MemoryBudgetError
 from tenfold.base.reach import Reach
-from tenfold.engine.config import EngineConfig
+from tenfold.engine.config import KV_CACHE_DTYPES, EngineConfig
 from tenfold.engine.pages import Group
 from tenfold.models.family import Model
 from tenfold.nn.cache import CacheSpec
@@ -45,7 +45,7 @@ def free_memory(device: Any) -> int:
 
 def cache_dtype(config: EngineConfig, dtype: DTypeLike) -> jnp.dtype:
     """What keys and values are held in, where `dtype` is computed in."""
-    return jnp.dtype("int8" if config.kv_cache_dtype == "int8" else dtype)
+    return jnp.dtype(KV_CACHE_DTYPES[config.kv_cache_dtype] or dtype)
 
 
 def plan_cache(

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from tenfold.base.errors import ConfigError
 from tenfold.base.reach import Reach
 from tenfold.kernels.paged_attention import Cache, has_native_cache, make_cache, make_native_cache, page_bytes
 
@@ -52,11 +50,5 @@ class KeyValueSpec:
         return page_bytes(page_size, self.num_kv_heads, self.head_dim, dtype)
 
     def make(self, num_pages: int, page_size: int, dtype: DTypeLike, *, native: bool, held: DTypeLike) -> Cache:
-        natively = native and has_native_cache(page_size, self.head_dim, held)
-        if jnp.dtype(held) != jnp.dtype(dtype) and not natively:
-            raise ConfigError(
-                f"a cache in {jnp.dtype(held).name} needs the native CPU kernels, a block_size that is a multiple of "
-                f"8, and heads that are a multiple of 4 wide; here they are {self.head_dim}. Use --kv-cache-dtype auto."
-            )
-        make = make_native_cache if natively else make_cache
+        make = make_native_cache if native and has_native_cache(page_size, self.head_dim, held) else make_cache
         return make(num_pages, page_size, self.num_kv_heads, self.head_dim, held)
