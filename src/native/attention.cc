@@ -16,7 +16,6 @@ namespace {
 
 constexpr int64_t kGroups = kChunk / kGroup;
 
-typedef uint8_t U8x16 __attribute__((vector_size(16)));
 
 inline int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
@@ -341,15 +340,15 @@ class Pass {
       return;
     }
     const int64_t first = begin / kGroup, groups = (end + kGroup - 1) / kGroup;
-    I32x16 lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    constexpr int32_t kOrder[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const I32x16 lane = load<I32x16>(kOrder);
     F32x16 peaks = splat(-kInfinity);
     for (int64_t g = first; g < groups; ++g) {
       F32x16 score = score_of(m, g);
       const I32x16 key = lane + static_cast<int32_t>(g * kGroup);
       const I32x16 seen = (key >= static_cast<int32_t>(begin)) & (key < static_cast<int32_t>(end));
-      score = seen ? score : splat(-kInfinity);
-      peaks = score > peaks ? score : peaks;
+      score = select(seen, score, splat(-kInfinity));
+      peaks = select(score > peaks, score, peaks);
       store(row + g * kGroup, score);
     }
     float* state = state_ + m * ld_;
@@ -370,7 +369,7 @@ class Pass {
       total += weight;
       if constexpr (C::kTogether == 4) {
         weight *= load<F32x16>(s_.value_scales + g * kGroup);
-        heaviest = weight > heaviest ? weight : heaviest;
+        heaviest = select(weight > heaviest, weight, heaviest);
       }
       put(row, g, weight);
     }
@@ -382,8 +381,7 @@ class Pass {
   // Weights take the place of scores that were read already.
   static void put(uint32_t* row, int64_t g, F32x16 weight) {
     if constexpr (A::kNarrow) {
-      const U16x16 narrow = to_bf16(weight);
-      std::memcpy(row + g * kGroup / 2, &narrow, sizeof(narrow));
+      narrow(reinterpret_cast<uint16_t*>(row + g * kGroup / 2), weight);
     } else {
       store(row + g * kGroup, weight);
     }
@@ -403,10 +401,10 @@ class Pass {
       s_.weight_scales[m] = heaviest / kLargest;
       for (int64_t g = first; g < groups; ++g) {
         const F32x16 scaled = load<F32x16>(row + g * kGroup) * inverse + 0.5f;
-        const U32x16 code = bit_cast<U32x16>(__builtin_convertvector(scaled, I32x16));
+        const U32x16 code = bit_cast<U32x16>(convert<I32x16>(scaled));
         for (int l = 0; l < A::kLimbs; ++l) {
-          const U8x16 limb = __builtin_convertvector((code >> (8 * (A::kLimbs - 1 - l))) & 0xffu, U8x16);
-          std::memcpy(row + l * kChunk + g * kGroup / 4, &limb, sizeof(limb));
+          store_narrow(reinterpret_cast<uint8_t*>(row + l * kChunk + g * kGroup / 4),
+                       (code >> (8 * (A::kLimbs - 1 - l))) & 0xffu);
         }
       }
     }

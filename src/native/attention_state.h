@@ -9,18 +9,6 @@
 namespace tenfold {
 namespace {
 
-typedef uint16_t U16x16 __attribute__((vector_size(32)));
-
-inline U16x16 to_bf16(F32x16 v) {
-#if defined(__AVX512BF16__)
-  return (U16x16)_mm512_cvtneps_pbh((__m512)v);
-#else
-  U16x16 out;
-  for (int i = 0; i < kLanes; ++i) out[i] = float_to_bf16(v[i]);
-  return out;
-#endif
-}
-
 // A row's state ends in a vector of the largest score and the total.
 void clear(const Attention& a, int64_t rows, float* state) {
   const int64_t ld = a.state_floats();
@@ -41,6 +29,14 @@ __attribute__((noinline)) void merge(const Attention& a, int64_t rows, const flo
   }
 }
 
+// The first `lanes` of a vector.
+template <typename T>
+void put(T* to, F32x16 v, int64_t lanes) {
+  T all[kLanes];
+  narrow(all, v);
+  std::memcpy(to, all, static_cast<size_t>(lanes) * sizeof(T));
+}
+
 void finish(const Attention& a, const QueryBlock& block, const float* state) {
   const int64_t G = a.group(), ld = a.state_floats(), values = ld - kLanes;
   for (int64_t m = 0; m < block.count * G; ++m, state += ld) {
@@ -56,10 +52,9 @@ void finish(const Attention& a, const QueryBlock& block, const float* state) {
       const F32x16 out = load<F32x16>(state + v * kLanes) * factor / total + 0.0f;
       const int64_t column = a.K < kLanes ? 0 : column_of(v, a.K), lanes = min(kLanes, a.K);
       if (a.query_type == Element::kF32) {
-        std::memcpy(static_cast<float*>(a.out) + at + column, &out, static_cast<size_t>(lanes) * sizeof(float));
+        put(static_cast<float*>(a.out) + at + column, out, lanes);
       } else {
-        const U16x16 narrow = to_bf16(out);
-        std::memcpy(static_cast<uint16_t*>(a.out) + at + column, &narrow, static_cast<size_t>(lanes) * 2);
+        put(static_cast<uint16_t*>(a.out) + at + column, out, lanes);
       }
     }
   }

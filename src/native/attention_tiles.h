@@ -75,7 +75,7 @@ struct Fp8 : Stored<uint8_t, 4> {
     // Right for normal numbers, and for subnormal ones; for the others each is the larger.
     const F32x16 normal = bit_cast<F32x16>(bits + (kBias << 23));
     const F32x16 subnormal = bit_cast<F32x16>(bits + ((kBias + 1) << 23)) - kNormal;
-    const F32x16 magnitude = normal < subnormal ? normal : subnormal;
+    const F32x16 magnitude = select(normal < subnormal, normal, subnormal);
     return bit_cast<F32x16>(bit_cast<U32x16>(magnitude) | (code & 0x80000000u));
   }
 };

@@ -27,20 +27,10 @@ inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*
 inline F32x16 dot_bf16(F32x16 acc, U32x16 w, uint32_t x) {
 #if defined(__AVX512BF16__)
   return (F32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), (__m512bh)w);
-#elif defined(__AVX2__)
-  const __m256i pair = _mm256_set1_epi32(static_cast<int>(x)), upper = _mm256_set1_epi32(-65536);
-  const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
-  const __m256 second = _mm256_castsi256_ps(_mm256_and_si256(pair, upper));
-  union { U32x16 whole; __m256i half[2]; } in{w};
-  union { F32x16 whole; __m256 half[2]; } sum{acc};
-  for (int i = 0; i < 2; ++i) {
-    sum.half[i] = _mm256_fmadd_ps(first, _mm256_castsi256_ps(_mm256_slli_epi32(in.half[i], 16)), sum.half[i]);
-    sum.half[i] = _mm256_fmadd_ps(second, _mm256_castsi256_ps(_mm256_and_si256(in.half[i], upper)), sum.half[i]);
-  }
-  return sum.whole;
 #else
-  acc = fma(splat(bit_cast<float>(x << 16)), bit_cast<F32x16>(w << 16), acc);
-  return fma(splat(bit_cast<float>(x & 0xffff0000u)), bit_cast<F32x16>(w & 0xffff0000u), acc);
+  const U32x16 pair = U32x16{} + x;  // taken apart in the vector: shorter than two broadcasts of parts
+  acc = fma(bit_cast<F32x16>(pair << 16), bit_cast<F32x16>(w << 16), acc);
+  return fma(bit_cast<F32x16>(pair & 0xffff0000u), bit_cast<F32x16>(w & 0xffff0000u), acc);
 #endif
 }
 
@@ -132,9 +122,6 @@ void sum_codes(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I3
   constexpr int kParts = 8 / kBits, kInputs = 4 * kParts;  // inputs of one 32-bit lane
   constexpr int kHalves = MR <= 3 ? 2 : 1;                 // of the columns, at a time: what registers hold
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
-  union { I32x16 whole[MR]; __m256i half[MR][2]; } sums;
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) sums.whole[m] = c[m][0];
   for (int64_t begin = 0; begin < group; begin += 32) {
     const int64_t end = begin + 32 < group ? begin + 32 : group;
 #pragma GCC unroll 2
@@ -173,15 +160,13 @@ void sum_codes(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I3
       for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 2
         for (int h = 0; h < kHalves; ++h) {
-          __m256i& sum = sums.half[m][first + h];
-          sum = _mm256_add_epi32(sum, _mm256_madd_epi16(lows[m][h], ones));
-          if (kBits == 8) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(highs[m][h], sixteen));
+          auto& sum = first + h ? c[m][0].hi : c[m][0].lo;
+          sum += (decltype(c[m][0].lo))_mm256_madd_epi16(lows[m][h], ones);
+          if (kBits == 8) sum += (decltype(c[m][0].lo))_mm256_madd_epi16(highs[m][h], sixteen);
         }
       }
     }
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) c[m][0] = sums.whole[m];
 }
 #else
 constexpr bool kSumsNibbles = false;
@@ -379,16 +364,6 @@ void product_quantized(const QuantizedRows& x, int64_t M, int64_t K, const Quant
 
 // --- activations and outputs -----------------------------------------------------------------------------------------
 
-typedef int8_t I8x16 __attribute__((vector_size(16)));
-
-inline F32x16 widen(const float* x) { return load<F32x16>(x); }
-inline F32x16 widen(const uint16_t* x) {
-  typedef uint16_t U16x16 __attribute__((vector_size(32)));
-  U16x16 half;
-  std::memcpy(&half, x, sizeof(half));
-  return bit_cast<F32x16>(__builtin_convertvector(half, U32x16) << 16);
-}
-
 template <typename T>
 void quantize(const T* x, int64_t K, int64_t group, int8_t* codes, float* scales, int32_t* sums) {
   F32x16 values[128 / kLanes];  // of one group; 0 where there are no inputs
@@ -402,7 +377,7 @@ void quantize(const T* x, int64_t K, int64_t group, int8_t* codes, float* scales
       if (left < kLanes && left > 0) std::memcpy(part, x + start + i * kLanes, static_cast<size_t>(left) * sizeof(T));
       values[i] = widen(left < kLanes ? part : x + start + i * kLanes);
       const F32x16 magnitudes = bit_cast<F32x16>(bit_cast<U32x16>(values[i]) & 0x7fffffffu);
-      peaks = magnitudes > peaks ? magnitudes : peaks;
+      peaks = select(magnitudes > peaks, magnitudes, peaks);
       finite += values[i] * 0.0f;
     }
     // What is not finite must not become a harmless number: a scale of NaN makes the outputs NaN.
@@ -412,10 +387,11 @@ void quantize(const T* x, int64_t K, int64_t group, int8_t* codes, float* scales
     for (int64_t i = 0; i < vectors; ++i) {
       const F32x16 scaled = values[i] * inverse;
       const F32x16 half = bit_cast<F32x16>((bit_cast<U32x16>(scaled) & 0x80000000u) | 0x3f000000u);
-      const I32x16 rounded = inverse > 0 ? __builtin_convertvector(scaled + half, I32x16) : I32x16{};
-      const I8x16 narrow = __builtin_convertvector(rounded, I8x16);
+      const I32x16 rounded = inverse > 0 ? convert<I32x16>(scaled + half) : I32x16{};
+      int8_t narrow[kLanes];
+      store_narrow(narrow, rounded);
       const int64_t left = group - i * kLanes;
-      std::memcpy(codes + start + i * kLanes, &narrow, static_cast<size_t>(left < kLanes ? left : kLanes));
+      std::memcpy(codes + start + i * kLanes, narrow, static_cast<size_t>(left < kLanes ? left : kLanes));
       total += rounded;
     }
     scales[start / group] = peak / 127.0f + broken;
