@@ -30,6 +30,7 @@ class ShardingRules:
     head_dim: MeshAxes = None
     mlp: MeshAxes = "tensor"
     vocab: MeshAxes = "tensor"
+    latent: MeshAxes = None
     layers: MeshAxes = None
 
 
