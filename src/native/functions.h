@@ -51,6 +51,13 @@ inline float sum(F32x16 v) {
   return s[0];
 }
 
+inline int32_t sum(I32x16 v) {
+  int32_t s[kLanes], total = 0;
+  store(s, v);
+  for (const int32_t each : s) total += each;
+  return total;
+}
+
 inline float largest(F32x16 v) {
   float s[kLanes];
   store(s, v);

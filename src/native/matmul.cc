@@ -1,4 +1,5 @@
 // The inner loops of matrix products; compiled once per instruction set.
+#include "functions.h"
 #include "kernels.h"
 #include "vector.h"
 
@@ -123,9 +124,9 @@ void tile_bf16(const uint16_t* x, int64_t ldx, int64_t K, const uint16_t* w, flo
     for (int v = 0; v < NV; ++v) store(acc + m * kPanel + v * kLanes, c[m][v]);
 }
 
-// One group of `group` inputs: acc += x's scale · (weights' scale · Σ codes − min · Σ x).
-template <int MR, int NV>
-void tile_int8(const int8_t* x, int64_t ldx, const float* x_scales, const int32_t* x_sums, int64_t ld_groups,
+// One group of `group` inputs: acc += x's scale · (weights' scale · Σ codes − min · Σ x). The codes have 8 bits, or 4.
+template <int MR, int NV, int kBits>
+void tile_codes(const int8_t* x, int64_t ldx, const float* x_scales, const int32_t* x_sums, int64_t ld_groups,
                int64_t group, const uint8_t* w, const float* scales, const float* mins, int32_t zero, float* acc) {
   I32x16 c[MR][NV];
 #pragma GCC unroll 16
@@ -134,19 +135,26 @@ void tile_int8(const int8_t* x, int64_t ldx, const float* x_scales, const int32_
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) c[m][v] = I32x16{} + start;
   }
-  for (int64_t k = 0; k < group; k += 4) {
+  constexpr int kParts = 8 / kBits;  // codes of a byte
+  for (int64_t k = 0; k < group; k += 4 * kParts) {
     U32x16 b[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-      b[v] = load<U32x16>(w + k * kPanel + 4 * v * kLanes);
-      prefetch(w + k * kPanel + 4 * v * kLanes);
+      b[v] = load<U32x16>(w + k / kParts * kPanel + 4 * v * kLanes);
+      prefetch(w + k / kParts * kPanel + 4 * v * kLanes);
     }
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-      int32_t a;
-      std::memcpy(&a, x + m * ldx + k, sizeof(a));
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) c[m][v] = dot_int8(c[m][v], b[v], a);
+    for (int part = 0; part < kParts; ++part) {
+      U32x16 codes[NV];
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) codes[v] = kParts == 1 ? b[v] : (b[v] >> (4 * part)) & 0x0f0f0f0fu;
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+        int32_t a;
+        std::memcpy(&a, x + m * ldx + k + 4 * part, sizeof(a));
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) c[m][v] = dot_int8(c[m][v], codes[v], a);
+      }
     }
   }
 #pragma GCC unroll 2
@@ -260,51 +268,70 @@ void product_quantized(const QuantizedRows& x, int64_t M, int64_t K, const Quant
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t k = g * x.group;
     const int64_t of = k / panel.group * kPanel;  // the weights' group
-    const uint8_t* w = panel.codes + k * kPanel;
-    if (panel.bits == 4) {
-      widen_int4(panel.codes + k / 2 * kPanel, x.group, wide);
-      w = wide;
-    }
-    for_tiles(M, [&]<int MR>(int64_t m) {
-      for_columns([&](int64_t column) {
-        tile_int8<MR, kVectors>(x.codes + m * K + k, K, x.scales + m * groups + g, x.sums + m * groups + g, groups,
-                                x.group, w + 4 * column, panel.scales + of + column,
-                                panel.mins ? panel.mins + of + column : nullptr, panel.zero,
-                                acc + m * kPanel + column);
+    const auto add = [&]<int kBits>(const uint8_t* codes) {
+      for_tiles(M, [&]<int MR>(int64_t m) {
+        for_columns([&](int64_t column) {
+          tile_codes<MR, kVectors, kBits>(x.codes + m * K + k, K, x.scales + m * groups + g, x.sums + m * groups + g,
+                                          groups, x.group, codes + 4 * column, panel.scales + of + column,
+                                          panel.mins ? panel.mins + of + column : nullptr, panel.zero,
+                                          acc + m * kPanel + column);
+        });
       });
-    });
+    };
+    if (panel.bits == 8) {
+      add.template operator()<8>(panel.codes + k * kPanel);
+    } else if (M <= kMaxRows) {  // one tile: each code is used once after it is taken apart
+      add.template operator()<4>(panel.codes + k / 2 * kPanel);
+    } else {
+      widen_int4(panel.codes + k / 2 * kPanel, x.group, wide);
+      add.template operator()<8>(wide);
+    }
   }
 }
 
 // --- activations and outputs -----------------------------------------------------------------------------------------
 
-inline float widen(float x) { return x; }
-inline float widen(uint16_t x) { return bf16_to_float(x); }
+typedef int8_t I8x16 __attribute__((vector_size(16)));
+
+inline F32x16 widen(const float* x) { return load<F32x16>(x); }
+inline F32x16 widen(const uint16_t* x) {
+  typedef uint16_t U16x16 __attribute__((vector_size(32)));
+  U16x16 half;
+  std::memcpy(&half, x, sizeof(half));
+  return bit_cast<F32x16>(__builtin_convertvector(half, U32x16) << 16);
+}
 
 template <typename T>
 void quantize(const T* x, int64_t K, int64_t group, int8_t* codes, float* scales, int32_t* sums) {
-  const int64_t padded = (K + group - 1) / group * group;
+  F32x16 values[128 / kLanes];  // of one group; 0 where there are no inputs
+  const int64_t padded = (K + group - 1) / group * group, vectors = (group + kLanes - 1) / kLanes;
   for (int64_t start = 0; start < padded; start += group) {
-    const int64_t end = start + group < K ? start + group : K;
-    float peak = 0;
-    for (int64_t k = start; k < end; ++k) {
-      const float magnitude = __builtin_fabsf(widen(x[k]));
-      peak = magnitude > peak ? magnitude : peak;
+    const int64_t count = start + group < K ? group : K - start;
+    F32x16 peaks{}, finite{};
+    for (int64_t i = 0; i < vectors; ++i) {
+      T part[kLanes] = {};
+      const int64_t left = count - i * kLanes;
+      if (left < kLanes && left > 0) std::memcpy(part, x + start + i * kLanes, static_cast<size_t>(left) * sizeof(T));
+      values[i] = widen(left < kLanes ? part : x + start + i * kLanes);
+      const F32x16 magnitudes = bit_cast<F32x16>(bit_cast<U32x16>(values[i]) & 0x7fffffffu);
+      peaks = magnitudes > peaks ? magnitudes : peaks;
+      finite += values[i] * 0.0f;
     }
     // What is not finite must not become a harmless number: a scale of NaN makes the outputs NaN.
-    float finite = 0;
-    for (int64_t k = start; k < end; ++k) finite += widen(x[k]) * 0.0f;
-    const float inverse = peak > 0 && finite == 0 ? 127.0f / peak : 0;
-    int32_t sum = 0;
-    for (int64_t k = start; k < end; ++k) {
-      const float scaled = widen(x[k]) * inverse;
-      const int32_t code = static_cast<int32_t>(inverse > 0 ? scaled + __builtin_copysignf(0.5f, scaled) : 0.0f);
-      codes[k] = static_cast<int8_t>(code);
-      sum += code;
+    const float peak = largest(peaks), broken = sum(finite);
+    const float inverse = peak > 0 && broken == 0 ? 127.0f / peak : 0;
+    I32x16 total{};
+    for (int64_t i = 0; i < vectors; ++i) {
+      const F32x16 scaled = values[i] * inverse;
+      const F32x16 half = bit_cast<F32x16>((bit_cast<U32x16>(scaled) & 0x80000000u) | 0x3f000000u);
+      const I32x16 rounded = inverse > 0 ? __builtin_convertvector(scaled + half, I32x16) : I32x16{};
+      const I8x16 narrow = __builtin_convertvector(rounded, I8x16);
+      const int64_t left = group - i * kLanes;
+      std::memcpy(codes + start + i * kLanes, &narrow, static_cast<size_t>(left < kLanes ? left : kLanes));
+      total += rounded;
     }
-    for (int64_t k = end; k < start + group; ++k) codes[k] = 0;
-    scales[start / group] = peak / 127.0f + finite;
-    sums[start / group] = sum;
+    scales[start / group] = peak / 127.0f + broken;
+    sums[start / group] = sum(total);
   }
 }
 

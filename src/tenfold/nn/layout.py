@@ -4,6 +4,7 @@ A layout such as "(H K) D -> D H K" splits and reorders dims and loses nothing. 
 one, so our shape gives every length that either direction needs. A "1" on its left side is a dim that we leave out.
 """
 
+import functools
 import math
 import re
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from einops import rearrange
 
 
+@functools.cache  # thousands of experts have the same few
 def _sides(layout: str) -> tuple[list[list[str]], list[str]]:
     """The groups of the left side and the names of the right side."""
     left, _, right = layout.partition("->")
