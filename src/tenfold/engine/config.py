@@ -20,6 +20,8 @@ class EngineConfig:
         cache_memory: bytes of the paged cache; None takes `memory_utilization` of what the device has left.
         memory_utilization: share of the device's memory for weights and cache together.
         enable_prefix_caching: keep and reuse pages of earlier prompts with the same beginning.
+        state_interval: recurrent layers keep the state after every so many tokens of a prompt, rounded up to whole
+            pages: what a prompt with the same beginning can start from.
         decode_slowdown: a step that also computes part of a prompt may take this many times as long as its decodes
             alone; inf lets prompts take the whole budget.
         max_waiting: sequences that may wait for a slot; more are refused.
@@ -37,6 +39,7 @@ class EngineConfig:
     cache_memory: int | None = None
     memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
+    state_interval: int = 512
     decode_slowdown: float = 1.75
     max_waiting: int = 1024
     dtype: str = "auto"
@@ -45,7 +48,7 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_waiting"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "state_interval", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; it is {getattr(self, name)}.")
         if self.max_model_len is not None and self.max_model_len < 2:

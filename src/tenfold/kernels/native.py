@@ -18,6 +18,8 @@ LIBRARY = "tenfold/kernels/libtenfold_native.so"  # beside this file, or where a
 TARGETS = (
     "tenfold_matmul",
     "tenfold_matmul_quantized",
+    "tenfold_grouped_matmul",
+    "tenfold_grouped_matmul_quantized",
     "tenfold_paged_attention",
     "tenfold_paged_attention_update",
     "tenfold_rms_norm",

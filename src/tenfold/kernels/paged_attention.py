@@ -13,6 +13,7 @@ Dims: T packed tokens, S sequences, H query heads, J key-value heads, G = H / J,
 page, N pages of the longest sequence, C pages of a chunk.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -238,21 +239,45 @@ def paged_attention(
     Returns:
         The packed outputs; tokens past the last row hold no meaning.
     """
-    T = q.shape[0]
     pages = max(1, CHUNK_TOKENS // cache.k.shape[3])
+    attend = partial(_attend, cache=cache, spec=spec, pages=pages)
+    return attend_rows(attend, q, q.shape[2], batch, pages, decode_only=decode_only)
+
+
+def attend_rows(
+    attend: Callable[..., jax.Array],
+    q: Float[Array, "T H K"],
+    dim: int,
+    batch: RaggedBatch,
+    pages: int,
+    *,
+    decode_only: bool,
+) -> Float[Array, "T H V"]:
+    """Calls `attend` for all queries, several rows or a block of one row at a time.
+
+    Args:
+        attend: attends with queries [R, Q, H, K], the `tables` [R, N] of their sequences and their `positions` [R, Q],
+            where -1 is padding; gives [R, Q, H, V].
+        q: packed queries.
+        dim: V.
+        batch: the rows.
+        pages: that `attend` reads at a time; tables are padded to a multiple.
+        decode_only: every row has one query token.
+    """
+    T = q.shape[0]
     tables = batch.block_tables
     tables = jnp.pad(tables, ((0, -tables.shape[0] % DECODE_ROWS), (0, -tables.shape[1] % pages)))
     batch = batch._replace(block_tables=tables)
-    out = jnp.zeros((T + QUERY_BLOCK, *q.shape[1:]), q.dtype)
+    out = jnp.zeros((T + QUERY_BLOCK, q.shape[1], dim), q.dtype)
     q = jnp.pad(q, ((0, QUERY_BLOCK), (0, 0), (0, 0)))
-    out = _decode_rows(q, out, cache, batch, spec, pages, min(DECODE_ROWS, T))
+    out = _decode_rows(attend, q, out, batch, min(DECODE_ROWS, T))
     if not decode_only:
-        out = _prefill_blocks(q, out, cache, batch, spec, pages)
+        out = _prefill_blocks(attend, q, out, batch)
     return out[:T]
 
 
 def _decode_rows(
-    q: jax.Array, out: jax.Array, cache: PagedCache, batch: RaggedBatch, spec: AttentionSpec, pages: int, rows: int
+    attend: Callable[..., jax.Array], q: jax.Array, out: jax.Array, batch: RaggedBatch, rows: int
 ) -> jax.Array:
     """The rows with one query token, `rows` at a time: token r is row r."""
     kv_lens = jnp.pad(batch.kv_lens, (0, rows))
@@ -263,15 +288,13 @@ def _decode_rows(
         lens = jnp.where(first + jnp.arange(rows) < batch.num_decodes, lens, 0)
         tables = jax.lax.dynamic_slice_in_dim(batch.block_tables, first, rows)
         queries = jax.lax.dynamic_slice_in_dim(q, first, rows)
-        o = _attend(queries[:, None], cache, tables, lens[:, None] - 1, spec, pages)
+        o = attend(queries[:, None], tables=tables, positions=lens[:, None] - 1)
         return jax.lax.dynamic_update_slice_in_dim(out, o[:, 0].astype(out.dtype), first, 0)
 
     return jax.lax.fori_loop(0, (batch.num_decodes + rows - 1) // rows, group, out)
 
 
-def _prefill_blocks(
-    q: jax.Array, out: jax.Array, cache: PagedCache, batch: RaggedBatch, spec: AttentionSpec, pages: int
-) -> jax.Array:
+def _prefill_blocks(attend: Callable[..., jax.Array], q: jax.Array, out: jax.Array, batch: RaggedBatch) -> jax.Array:
     """The other rows, in blocks of queries of one sequence. What a block writes past its row, the next overwrites."""
     S = batch.kv_lens.shape[0]
     row = jnp.arange(S)
@@ -287,7 +310,7 @@ def _prefill_blocks(
         positions = first + jnp.arange(QUERY_BLOCK)
         positions = jnp.where(positions < batch.kv_lens[r], positions, -1)
         queries = jax.lax.dynamic_slice_in_dim(q, start, QUERY_BLOCK)
-        o = _attend(queries[None], cache, batch.block_tables[r][None], positions[None], spec, pages)
+        o = attend(queries[None], tables=batch.block_tables[r][None], positions=positions[None])
         return jax.lax.dynamic_update_slice_in_dim(out, o[0].astype(out.dtype), start, 0)
 
     return jax.lax.fori_loop(0, ends[-1], block, out)

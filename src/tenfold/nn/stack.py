@@ -19,15 +19,30 @@ def period(kinds: Sequence[Hashable]) -> int:
     return next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))
 
 
+def pattern(kinds: Sequence[Hashable]) -> tuple[int, int]:
+    """How many layers come first that are unlike the others, and the period of those: what compiles fewest layers."""
+    return min(((h, period(kinds[h:])) for h in range(len(kinds))), key=lambda found: (sum(found), found[0]))
+
+
 def stack_layers(layers: Sequence[Tree], kinds: Sequence[Hashable]) -> Tree:
-    """Turns per-layer `Param` trees into {"scan": one stacked tree per place in the pattern, "tail": the rest}."""
-    n = period(kinds)
-    whole = len(layers) // n * n
+    """Turns per-layer `Param` trees into {"head", "scan", "tail"}: one stacked tree per place in the pattern, and the
+    layers before and after its repetitions.
+
+    Layers of one kind may differ in their weights: such as dense ones and mixtures of experts.
+    """
+    head, n = pattern([(kind, _weights(layer)) for kind, layer in zip(kinds, layers, strict=True)])
+    end = head + (len(layers) - head) // n * n
 
     def place(i: int) -> Tree:
-        return jax.tree.map(lambda *ps: stack(ps), *layers[i:whole:n], is_leaf=is_param)
+        return jax.tree.map(lambda *ps: stack(ps), *layers[head + i : end : n], is_leaf=is_param)
 
-    return {"scan": [place(i) for i in range(n)], "tail": list(layers[whole:])}
+    return {"head": list(layers[:head]), "scan": [place(i) for i in range(n)], "tail": list(layers[end:])}
+
+
+def _weights(layer: Tree) -> Hashable:
+    """What layers must share to be stacked."""
+    params, structure = jax.tree.flatten(layer, is_leaf=is_param)
+    return structure, tuple((p.shape, p.axes, p.init, p.scale) for p in params)
 
 
 def run_layers(
@@ -58,14 +73,16 @@ def run_layers(
 
 
 def _scan_layers(block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any) -> Any:
-    n = len(layers["scan"])
+    head, n = len(layers["head"]), len(layers["scan"])
+    for i, params in enumerate(layers["head"]):
+        x, _ = block(x, params, kinds[i], None)
 
     def body(x: Any, params: list[Tree]) -> tuple[Any, None]:
         for i in range(n):
-            x, _ = block(x, params[i], kinds[i], None)
+            x, _ = block(x, params[i], kinds[head + i], None)
         return x, None
 
     x, _ = jax.lax.scan(body, x, layers["scan"])
     for i, params in enumerate(layers["tail"]):
-        x, _ = block(x, params, kinds[i % n], None)
+        x, _ = block(x, params, kinds[head + i], None)
     return x
