@@ -61,15 +61,15 @@ def forward(
     """
 
     def attend(heads: Heads, cache: Cache, spec: AttentionSpec) -> tuple[jax.Array, Cache]:
-        q, k, v = heads
+        q, k, v, sinks = heads
         group = reaches.index(spec.reach)
         ragged = RaggedBatch(
             batch.block_tables[group], batch.kv_lens, batch.query_starts, batch.num_decodes, batch.num_seqs
         )
         if isinstance(cache, NativeCache):
-            return update(q, k, v, cache, ragged, spec)
+            return update(q, k, v, cache, ragged, spec, sinks)
         cache = write(cache, k, v, batch.pages[group], batch.offsets)
-        return paged_attention(q, cache, ragged, spec, decode_only=decode_only), cache
+        return paged_attention(q, cache, ragged, spec, sinks, decode_only=decode_only), cache
 
     tokens = history[batch.slots, batch.positions]
     hidden, updated = model.forward(params, tokens, batch.positions, attend, caches)

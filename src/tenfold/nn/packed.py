@@ -20,8 +20,8 @@ def packed_attend(segments: Int[Array, "R L"]) -> Attend:
     R, L = segments.shape
 
     def attend(heads: Heads, cache: Any, spec: AttentionSpec) -> tuple[jax.Array, Any]:
-        q, k, v = (x.reshape(R, L, *x.shape[1:]) for x in heads)
-        o = packed_attention(q, k, v, segments, spec)
+        q, k, v = (x.reshape(R, L, *x.shape[1:]) for x in heads[:3])
+        o = packed_attention(q, k, v, segments, spec, heads.sinks)
         return o.reshape(R * L, *o.shape[2:]), cache
 
     return attend
