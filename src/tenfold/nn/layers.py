@@ -43,13 +43,23 @@ def project_all(x: Float[Array, "T D"], *maps: tuple[Weight, jax.Array | None]) 
     )
 
 
-def rotate(x: Float[Array, "T H K"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]) -> Float[Array, "T H K"]:
-    """Rotary position embedding (Su et al., 2021) of the first 2·half dims, in the half-split layout of Hugging Face.
+def rotate(
+    x: Float[Array, "T H K"], cos: Float[Array, "T half"], sin: Float[Array, "T half"], *, interleaved: bool = False
+) -> Float[Array, "T H K"]:
+    """Rotary position embedding (Su et al., 2021) of the first 2·half dims.
 
-    It is computed in float32: rounded to bfloat16, the sines of far positions would have two correct digits.
+    A pair is a dim and the one `half` further, in the layout that Hugging Face gives most families; or, `interleaved`,
+    two neighbours. It is computed in float32: rounded to bfloat16, the sines of far positions would have two correct
+    digits.
     """
     half = cos.shape[-1]
-    x1, x2 = (part.astype(jnp.float32) for part in (x[..., :half], x[..., half : 2 * half]))
+    turned = x[..., : 2 * half].astype(jnp.float32)
+    if interleaved:
+        x1, x2 = turned[..., ::2], turned[..., 1::2]
+    else:
+        x1, x2 = turned[..., :half], turned[..., half:]
     c, s = cos[:, None, :], sin[:, None, :]
-    rotated = jnp.concatenate([x1 * c - x2 * s, x2 * c + x1 * s], axis=-1).astype(x.dtype)
+    pair = (x1 * c - x2 * s, x2 * c + x1 * s)
+    rotated = jnp.stack(pair, axis=-1).reshape(turned.shape) if interleaved else jnp.concatenate(pair, axis=-1)
+    rotated = rotated.astype(x.dtype)
     return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)
