@@ -37,6 +37,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 13,
         "query_pre_attn_scalar": 8,
     },
+    "recurrent": _SIZES
+    | {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_key_value_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 8,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 0,
+        "hidden_act": "silu",
+    },
     "sliding": _SIZES
     | {
         "architectures": ["MistralForCausalLM"],

@@ -2,7 +2,7 @@
 
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tenfold.base.errors import UnsupportedModelError
-from tenfold.kernels.attention import Attend, AttentionSpec
+from tenfold.kernels.attention import Attend
 from tenfold.models import FAMILIES
 from tenfold.nn import hf_config
 from tenfold.nn.cache import CacheSpec
@@ -40,8 +40,8 @@ class Family(Protocol):
 
     @property
     def Config(self) -> Any: ...
-    def kinds(self, c: Any) -> tuple[AttentionSpec, ...]: ...
-    def cache_specs(self, c: Any) -> tuple[CacheSpec, ...]: ...
+    def kinds(self, c: Any) -> tuple[Hashable, ...]: ...
+    def cache_specs(self, c: Any) -> tuple[CacheSpec | tuple[CacheSpec, ...], ...]: ...
     def params(self, c: Any) -> Tree: ...
     def forward(
         self, p: Tree, c: Any, tokens: jax.Array, positions: jax.Array, attend: Attend, caches: Any = None
@@ -65,12 +65,12 @@ class Model:
         tree = self.family.params(self.config)
         return tree | {"layers": stack_layers(tree["layers"], self.kinds())} if stacked else tree
 
-    def kinds(self) -> tuple[AttentionSpec, ...]:
-        """The attention of each layer."""
+    def kinds(self) -> tuple[Hashable, ...]:
+        """What tells the layers apart; of most families, the attention of each."""
         return self.family.kinds(self.config)
 
-    def cache_specs(self) -> tuple[CacheSpec, ...]:
-        """The cache of each layer."""
+    def cache_specs(self) -> tuple[CacheSpec | tuple[CacheSpec, ...], ...]:
+        """The cache of each layer, or its caches."""
         return self.family.cache_specs(self.config)
 
     def skipped(self) -> tuple[str, ...]:

@@ -6,9 +6,14 @@ Dims: R rows, L tokens of a row; T = R · L.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from tenfold.kernels.attention import Attend, AttentionSpec, Heads, packed_attention
+from tenfold.kernels import convolution, latent_attention, recurrence
+from tenfold.kernels.attention import Attend, packed_attention
+from tenfold.kernels.convolution import ConvolutionSpec
+from tenfold.kernels.latent_attention import LatentSpec
+from tenfold.kernels.recurrence import RecurrenceSpec
 
 
 def packed_attend(segments: Int[Array, "R L"]) -> Attend:
@@ -19,9 +24,18 @@ def packed_attend(segments: Int[Array, "R L"]) -> Attend:
     """
     R, L = segments.shape
 
-    def attend(heads: Heads, cache: Any, spec: AttentionSpec) -> tuple[jax.Array, Any]:
-        q, k, v = (x.reshape(R, L, *x.shape[1:]) for x in heads[:3])
-        o = packed_attention(q, k, v, segments, spec, heads.sinks)
-        return o.reshape(R * L, *o.shape[2:]), cache
+    def attend(inputs: Any, cache: Any, spec: Any) -> tuple[jax.Array, Any]:
+        match spec:
+            case ConvolutionSpec():
+                return convolution.reference(inputs, segments), cache
+            case LatentSpec():
+                return latent_attention.reference(inputs, segments, spec), cache
+            case RecurrenceSpec():
+                fresh = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+                return recurrence.reference(inputs, fresh)[0], cache
+            case _:
+                q, k, v = (x.reshape(R, L, *x.shape[1:]) for x in inputs[:3])
+                o = packed_attention(q, k, v, segments, spec, inputs.sinks)
+                return o.reshape(R * L, *o.shape[2:]), cache
 
     return attend

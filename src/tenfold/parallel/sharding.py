@@ -32,6 +32,7 @@ class ShardingRules:
     gates: MeshAxes = None
     experts: MeshAxes = "expert"
     vocab: MeshAxes = "tensor"
+    latent: MeshAxes = None
     layers: MeshAxes = None
 
 
