@@ -128,7 +128,8 @@ EXPERTS = {
     "glm4_moe": {"moe_intermediate_size": 12, "n_routed_experts": 12},
     "llama4_text": {"intermediate_size_mlp": 12},
 }
-WRAPPERS = ["Llama4ForConditionalGeneration"]  # whose text part is a family that has keys here
+WRAPPERS = ["Llama4ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"]
+"""Architectures whose text part is a family that has keys here."""
 
 PAIRS = [(model_type, key) for model_type, keys in KEYS.items() for key in keys]
 

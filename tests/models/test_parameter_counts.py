@@ -31,6 +31,7 @@ def test_parameter_count(name: str) -> None:
     [
         ("Mixtral-8x7B-v0.1", 46.7),
         ("Llama-3.1-405B", 405.9),
+        ("Llama-4-Maverick-17B-128E (text)", 400.7),
         ("gpt-oss-120b", 116.8),
         ("Qwen3-235B-A22B", 235.1),
         ("OLMoE-1B-7B-0924", 6.9),

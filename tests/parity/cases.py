@@ -86,6 +86,9 @@ MIXTRAL = ("MixtralForCausalLM", "mixtral")
 QWEN2_MOE = ("Qwen2MoeForCausalLM", "qwen2_moe")
 QWEN3_MOE = ("Qwen3MoeForCausalLM", "qwen3_moe")
 OLMOE = ("OlmoeForCausalLM", "olmoe")
+GLM4_MOE = ("Glm4MoeForCausalLM", "glm4_moe")
+MINIMAX_M2 = ("MiniMaxM2ForCausalLM", "minimax_m2")
+LLAMA4 = ("Llama4ForCausalLM", "llama4_text")
 GPT_OSS = ("GptOssForCausalLM", "gpt_oss")
 QWEN3_NEXT = ("Qwen3NextForCausalLM", "qwen3_next")
 QWEN3_5 = ("Qwen3_5ForCausalLM", "qwen3_5_text")
@@ -720,6 +723,78 @@ CASES = (
             num_experts_per_tok=3,
             norm_topk_prob=False,
             rope_parameters=_rope(theta=1e4),
+        ),
+    ),
+    Case(
+        name="olmoe-clipped-v4",
+        config=_v4(
+            *OLMOE,
+            intermediate_size=12,
+            num_key_value_heads=6,
+            num_experts=5,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            attention_bias=True,
+            clip_qkv=1.5,
+            rope_theta=1e4,
+        ),
+    ),
+    Case(
+        name="glm4_moe",
+        engine=True,
+        config=_v5(
+            *GLM4_MOE,
+            num_hidden_layers=4,
+            head_dim=16,
+            moe_intermediate_size=12,
+            n_routed_experts=12,
+            num_experts_per_tok=3,
+            n_shared_experts=2,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.5,
+            norm_topk_prob=True,
+            first_k_dense_replace=1,
+            use_qk_norm=True,
+            num_nextn_predict_layers=1,
+            rope_parameters=_rope(theta=1e4, partial_rotary_factor=0.5),
+        ),
+    ),
+    Case(
+        name="minimax_m2",
+        config=_v5(
+            *MINIMAX_M2,
+            intermediate_size=20,
+            head_dim=16,
+            num_local_experts=7,
+            num_experts_per_tok=3,
+            rope_parameters=_rope(theta=5e6, partial_rotary_factor=0.5),
+        ),
+    ),
+    Case(
+        name="llama4",
+        engine=True,
+        config=_v5(
+            *LLAMA4,
+            num_hidden_layers=5,
+            head_dim=16,
+            intermediate_size=20,
+            intermediate_size_mlp=28,
+            num_local_experts=4,
+            num_experts_per_tok=1,
+            interleave_moe_layer_step=2,
+            attention_chunk_size=24,
+            use_qk_norm=True,
+            floor_scale=9,
+            attn_scale=0.4,
+            rope_parameters=_rope(
+                "llama3",
+                500.0,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=64,
+            ),
         ),
     ),
     Case(

@@ -78,4 +78,18 @@ FULL_SIZE = {
     "gpt-oss-120b": _sizes(
         "gpt_oss", 201088, 2880, 2880, 36, 64, 8, context=131072, head_dim=64, num_local_experts=128
     ),
+    "Llama-4-Maverick-17B-128E (text)": _sizes(
+        "llama4_text",
+        202048,
+        5120,
+        8192,
+        48,
+        40,
+        8,
+        context=1048576,
+        head_dim=128,
+        intermediate_size_mlp=16384,
+        num_local_experts=128,
+        interleave_moe_layer_step=2,
+    ),
 }
