@@ -59,6 +59,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 12,
         "hidden_act": "silu",
     },
+    "experts": _SIZES
+    | {
+        "architectures": ["Llama4ForCausalLM"],
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "no_rope_layers": [1, 0, 1],
+        "attention_chunk_size": 20,
+        "floor_scale": 16,
+    },
 }
 
 
