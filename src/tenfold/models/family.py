@@ -73,6 +73,14 @@ class Model:
         """The cache of each layer, or its caches."""
         return self.family.cache_specs(self.config)
 
+    def skipped(self) -> tuple[str, ...]:
+        """Shell patterns of tensors that checkpoints have and the model does not use, such as other towers'.
+
+        A family with such defines `skipped(c)`.
+        """
+        skipped = getattr(self.family, "skipped", None)
+        return skipped(self.config) if skipped else ()
+
     def forward(
         self,
         p: Tree,
