@@ -31,6 +31,7 @@ struct Attention {
   float scale;
   float softcap;   // 0: none
   int64_t window;  // 0: none
+  int64_t chunk;   // of a sequence; 0: none
   Element query_type;  // of queries and outputs, and of new keys and values
   Element cache_type;
   const void* queries;  // [T][H][K]
@@ -43,6 +44,12 @@ struct Attention {
   const int32_t* tables;  // [S][N]
 
   int64_t group() const { return H / J; }
+  // The first key that the query at a position sees.
+  int64_t first_key(int64_t position) const {
+    const int64_t begin = window && position >= window ? position - window + 1 : 0;
+    const int64_t chunk_begin = chunk ? position / chunk * chunk : 0;
+    return begin > chunk_begin ? begin : chunk_begin;
+  }
   // Floats of one row's state: the sum of its values in vectors, then a vector of what its softmax needs.
   int64_t state_floats() const { return (K + kGroup - 1) / kGroup * kGroup + kGroup; }
 };

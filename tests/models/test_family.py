@@ -21,8 +21,10 @@ def windows(hf: dict[str, Any]) -> list[int | None]:
 
 
 def test_unknown_architecture_names_the_nearest_family() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"Qwen3MoeForCausalLM.*nearest supported one is Qwen3ForCausalLM"):
-        resolve(config("Qwen3MoeForCausalLM"))
+    with pytest.raises(
+        UnsupportedModelError, match=r"Qwen9MoeForCausalLM.*nearest supported one is Qwen.MoeForCausalLM"
+    ):
+        resolve(config("Qwen9MoeForCausalLM"))
 
 
 def test_multimodal_gemma_is_refused_by_name() -> None:
@@ -129,3 +131,25 @@ def test_with_max_len_changes_that_alone() -> None:
     shorter = model.with_max_len(99)
     assert shorter.config.max_len == 99
     assert shorter.with_max_len(model.config.max_len) == model
+
+
+QWEN3_MOE = {"moe_intermediate_size": 12, "num_experts": 9}
+
+
+def sparse(hf: dict[str, Any]) -> list[bool]:
+    return ["router" in layer for layer in resolve(hf).params()["layers"]]
+
+
+def test_which_layers_of_qwen_are_mixtures() -> None:
+    hf = config("Qwen3MoeForCausalLM", **QWEN3_MOE, num_hidden_layers=5)
+    assert sparse(hf) == [True] * 5
+    assert sparse(hf | {"decoder_sparse_step": 2}) == [False, True, False, True, False]
+    assert sparse(hf | {"mlp_only_layers": [0, 3]}) == [False, True, True, False, True]
+
+
+def test_a_token_chooses_some_of_the_experts() -> None:
+    for top_k in (0, 10):
+        with pytest.raises(ConfigError, match=f"num_experts_per_tok={top_k} of 9 experts"):
+            resolve(config("Qwen3MoeForCausalLM", **QWEN3_MOE, num_experts_per_tok=top_k))
+    with pytest.raises(ConfigError, match="num_experts=0"):
+        resolve(config("Qwen3MoeForCausalLM", **QWEN3_MOE | {"num_experts": 0}))

@@ -25,6 +25,7 @@ FULL_SIZE = {
     "Llama-2-7b": _sizes("llama", 32000, 4096, 11008, 32, 32, 32, context=4096),
     "Llama-3.1-8B": _sizes("llama", 128256, 4096, 14336, 32, 32, 8, context=131072),
     "Llama-3.1-70B": _sizes("llama", 128256, 8192, 28672, 80, 64, 8, context=131072),
+    "Llama-3.1-405B": _sizes("llama", 128256, 16384, 53248, 126, 128, 8, context=131072),
     "Llama-3.2-1B": _sizes("llama", 128256, 2048, 8192, 16, 32, 8, context=131072, tied=True, head_dim=64),
     "Mistral-7B-v0.3": _sizes("mistral", 32768, 4096, 14336, 32, 32, 8, context=32768, sliding_window=None),
     "Mistral-Nemo-2407": _sizes(
@@ -81,4 +82,35 @@ FULL_SIZE = {
         num_experts_per_tok=10,
     ),
     "Olmo-3-1025-7B": _sizes("olmo3", 100278, 4096, 11008, 32, 32, 32, context=65536),
+    "Mixtral-8x7B-v0.1": _sizes("mixtral", 32000, 4096, 14336, 32, 32, 8, context=32768, num_local_experts=8),
+    "Qwen3-30B-A3B": _sizes(
+        "qwen3_moe",
+        151936,
+        2048,
+        6144,
+        48,
+        32,
+        4,
+        context=40960,
+        head_dim=128,
+        moe_intermediate_size=768,
+        num_experts=128,
+    ),
+    "Qwen3-235B-A22B": _sizes(
+        "qwen3_moe",
+        151936,
+        4096,
+        12288,
+        94,
+        64,
+        4,
+        context=40960,
+        head_dim=128,
+        moe_intermediate_size=1536,
+        num_experts=128,
+    ),
+    "OLMoE-1B-7B-0924": _sizes("olmoe", 50304, 2048, 1024, 16, 16, 16, context=4096, num_experts=64),
+    "gpt-oss-120b": _sizes(
+        "gpt_oss", 201088, 2880, 2880, 36, 64, 8, context=131072, head_dim=64, num_local_experts=128
+    ),
 }

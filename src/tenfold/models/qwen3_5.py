@@ -106,7 +106,7 @@ def cache_specs(c: Config) -> tuple[CacheSpec | tuple[CacheSpec, ...], ...]:
 def params(c: Config) -> Tree:
     """The declaration of every weight, unstacked."""
     return {
-        **embedding_params(c.V, c.D, tied=c.tied, prefix=c.prefix),
+        **embedding_params(c.V, c.D, tied=c.tied, tower=c.prefix),
         "layers": [_layer(c, f"{c.prefix}.layers.{i}", recurrent) for i, recurrent in enumerate(c.recurrent)],
         "norm": param((c.D,), "embed", f"{c.prefix}.norm.weight", init="zeros"),
     }

@@ -34,8 +34,8 @@ def packed_attend(segments: Int[Array, "R L"]) -> Attend:
                 fresh = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
                 return recurrence.reference(inputs, fresh)[0], cache
             case _:
-                q, k, v = (x.reshape(R, L, *x.shape[1:]) for x in inputs)
-                o = packed_attention(q, k, v, segments, spec)
+                q, k, v = (x.reshape(R, L, *x.shape[1:]) for x in inputs[:3])
+                o = packed_attention(q, k, v, segments, spec, inputs.sinks)
                 return o.reshape(R * L, *o.shape[2:]), cache
 
     return attend
