@@ -23,6 +23,7 @@ ENGINES = {
         1.4,
         EngineConfig(max_num_seqs=3, max_num_batched_tokens=16, block_size=4, state_interval=8),
     ),
+    "latent": ("latent", 1.3, EngineConfig(max_num_seqs=3, max_num_batched_tokens=16, block_size=8)),
     # a budget below the smallest bucket, three rows, pages that do not divide the longest sequence, no prefix cache
     "odd": (
         "full",

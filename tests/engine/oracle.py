@@ -51,6 +51,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts": 0,
         "hidden_act": "silu",
     },
+    "latent": _SIZES
+    | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_group": 3,
+        "topk_group": 2,
+    },
     "sliding": _SIZES
     | {
         "architectures": ["MistralForCausalLM"],

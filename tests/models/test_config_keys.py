@@ -117,25 +117,124 @@ OVERRIDES: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {
     ("qwen2_moe", "max_window_layers"): (3, WINDOWED),
     ("smollm3", "sliding_window"): (5, {"use_sliding_window": True, "no_rope_layers": [1, 0, 1]}),
 }
+OVERRIDES |= {
+    ("qwen3_next", "layer_types"): (["full_attention", "linear_attention", "full_attention"], {}),
+    ("qwen3_next", "norm_topk_prob"): (False, {}),
+    ("qwen3_5_text", "layer_types"): (["full_attention", "linear_attention", "full_attention"], {}),
+    ("granitemoehybrid", "layer_types"): (["linear_attention", "full_attention", "linear_attention"], {}),
+    ("granitemoehybrid", "rope_parameters"): ({"rope_theta": 77.0}, {"position_embedding_type": "rope"}),
+    ("granitemoehybrid", "mamba_n_heads"): (12, {}),
+    ("nemotron_h", "layers_block_type"): (["mlp", "full_attention"], {}),
+    ("deepseek_v3", "norm_topk_prob"): (False, {}),
+    ("deepseek_v3", "topk_group"): (2, {}),
+}
+HYBRID: dict[str, tuple[Any, dict[str, Any]]] = {
+    "linear_conv_kernel_dim": (3, {}),
+    "linear_key_head_dim": (24, {}),
+    "linear_value_head_dim": (24, {}),
+    "linear_num_key_heads": (8, {}),
+    "linear_num_value_heads": (64, {}),
+    "mamba_d_ssm": (256, {}),
+    "mamba_n_heads": (64, {}),
+    "mamba_n_groups": (2, {}),
+    "mamba_d_state": (16, {}),
+    "mamba_d_conv": (3, {}),
+    "mamba_expand": (4, {"mamba_d_ssm": None, "mamba_n_heads": 6}),
+    "mamba_conv_bias": (False, {}),
+    "mamba_proj_bias": (True, {}),
+    "mamba_rms_norm": (True, {}),
+    "mamba_norm_before_gate": (False, {"mamba_rms_norm": True}),
+    "time_step_limit": ([0.1, 1.0], {}),
+    "projectors_bias": (True, {}),
+    "lm_head_multiplier": (2.0, {}),
+    "embedding_multiplier": (2.0, {}),
+    "mlp_multipliers": ([2.0, 3.0], {}),
+    "key_multiplier": (2.0, {}),
+    "attention_in_multiplier": (2.0, {}),
+    "attention_out_multiplier": (2.0, {}),
+    "ssm_multipliers": ([1.0, 2.0, 3.0, 4.0, 5.0], {}),
+    "ssm_in_multiplier": (2.0, {}),
+    "ssm_out_multiplier": (2.0, {}),
+    "attention_multiplier": (2.0, {}),
+    "residual_multiplier": (2.0, {}),
+    "logits_scaling": (2.0, {}),
+    "shared_intermediate_size": (36, {}),
+    "position_embedding_type": ("rope", {}),
+    "ssm_state_size": (16, {}),
+    "mamba_num_heads": (6, {}),
+    "mamba_head_dim": (8, {}),
+    "mamba_hidden_act": ("gelu", {}),
+    "mlp_hidden_act": ("gelu", {}),
+    "n_groups": (2, {}),
+    "conv_kernel": (3, {}),
+    "use_bias": (True, {}),
+    "use_conv_bias": (False, {}),
+    "layer_norm_epsilon": (1e-4, {}),
+    "kv_lora_rank": (20, {}),
+    "q_lora_rank": (None, {}),
+    "qk_nope_head_dim": (10, {}),
+    "qk_rope_head_dim": (6, {}),
+    "v_head_dim": (10, {}),
+    "topk_method": ("group_limited_greedy", {"n_group": 4, "topk_group": 2}),
+    "n_group": (2, {"topk_method": "group_limited_greedy", "topk_group": 1}),
+    "topk_group": (2, {"topk_method": "group_limited_greedy", "n_group": 4}),
+    "rope_interleave": (False, {}),
+}
+NO_EXPERTS = (  # which layers of experts alone would need, and those are refused
+    "n_routed_experts",
+    "n_shared_experts",
+    "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
+    "moe_shared_expert_overlap",
+    "num_experts_per_tok",
+    "routed_scaling_factor",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+)
+UNUSED = {
+    "falcon_h1": ("mamba_d_head", "mamba_chunk_size", "num_logits_to_keep"),  # the first follows from the others
+    "granitemoehybrid": ("mamba_d_head", "mamba_chunk_size"),
+    "nemotron_h": (
+        *NO_EXPERTS,
+        *("num_hidden_layers", "num_logits_to_keep", "use_mamba_kernels", "mamba_ssm_cache_dtype", "chunk_size"),
+        *("time_step_min", "time_step_max", "time_step_floor", "expand", "mamba_proj_bias"),
+        *("hidden_dropout", "rescale_prenorm_residual", "mtp_layers_block_type"),
+    ),
+    "deepseek_v2": ("num_key_value_heads", "head_dim", "qk_head_dim"),
+    "deepseek_v3": ("num_key_value_heads", "head_dim", "qk_head_dim"),
+}
 REFUSED_BY_FAMILY = {
     "gemma3_text": {"attn_logit_softcapping": 11.0},
     "gpt_oss": {"hidden_act": "gelu"},
     "llama4_text": {"hidden_act": "gelu"},
+    "nemotron_h": {"attention_bias": True, "sliding_window": 7, "residual_in_fp32": True},
+    "deepseek_v2": {"norm_topk_prob": True, "mlp_bias": True},
 }
-EXPERTS = {
+OWN: dict[str, dict[str, Any]] = {  # what a family's sizes need besides SIZES
     "qwen2_moe": {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 12, "num_experts": 6},
     "qwen3_moe": {"moe_intermediate_size": 12, "num_experts": 9},
     "glm4_moe": {"moe_intermediate_size": 12, "n_routed_experts": 12},
     "llama4_text": {"intermediate_size_mlp": 12},
+    "qwen3_next": {"num_experts": 12},
+    "granitemoehybrid": {"mamba_n_heads": 6},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
+    "deepseek_v2": {"num_key_value_heads": 6, "moe_intermediate_size": 12},
+    "deepseek_v3": {"num_key_value_heads": 6, "moe_intermediate_size": 12},
 }
-WRAPPERS = ["Llama4ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"]
-"""Architectures whose text part is a family that has keys here."""
+WRAPPERS = [  # whose text part is a family that has keys here
+    "Llama4ForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration",
+]
 
 PAIRS = [(model_type, key) for model_type, keys in KEYS.items() for key in keys]
 
 
 def base(model_type: str) -> dict[str, Any]:
-    own = EXPERTS.get(model_type, {})
+    own = OWN.get(model_type, {})
     return {"architectures": [ARCHITECTURES[model_type]], "model_type": model_type, **SIZES, **own}
 
 
@@ -150,11 +249,13 @@ def test_key_is_honoured_refused_or_irrelevant(model_type: str, key: str) -> Non
     if key in refused:
         with pytest.raises(UnsupportedModelError, match=key):
             resolve(config | {key: refused[key]})
+    elif key in UNUSED.get(model_type, ()):
+        assert resolve(config | {key: None}) == resolve(config)
     elif key in IRRELEVANT:
         value = IRRELEVANT[key] if IRRELEVANT[key] is not None else config[key]
         assert resolve(config | {key: value}) == resolve(config)
     else:
-        value, others = OVERRIDES.get((model_type, key)) or HONOURED[key]
+        value, others = OVERRIDES.get((model_type, key)) or (HONOURED | HYBRID)[key]
         config |= others
         assert resolve(config | {key: value}).config != resolve(config).config
 

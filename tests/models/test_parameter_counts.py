@@ -35,13 +35,15 @@ def test_parameter_count(name: str) -> None:
         ("gpt-oss-120b", 116.8),
         ("Qwen3-235B-A22B", 235.1),
         ("OLMoE-1B-7B-0924", 6.9),
+        ("DeepSeek-V3", 671.0),
+        ("Qwen3-Next-80B-A3B", 79.7),
     ],
 )
 def test_counts_are_those_that_were_published(name: str, billions: float) -> None:
     assert round(COUNTS[name] / 1e9, 1) == billions
 
 
-@pytest.mark.parametrize("name", ["Mixtral-8x7B-v0.1", "gpt-oss-120b", "Qwen3-235B-A22B"])
+@pytest.mark.parametrize("name", ["Mixtral-8x7B-v0.1", "gpt-oss-120b", "Qwen3-235B-A22B", "DeepSeek-V3"])
 def test_experts_are_spread_over_devices(name: str) -> None:
     """Over experts and tensors, all but norms, routers and a few heads: each of 32 devices holds little over a 32nd."""
     tree = full_size(name).params()

@@ -86,9 +86,6 @@ MIXTRAL = ("MixtralForCausalLM", "mixtral")
 QWEN2_MOE = ("Qwen2MoeForCausalLM", "qwen2_moe")
 QWEN3_MOE = ("Qwen3MoeForCausalLM", "qwen3_moe")
 OLMOE = ("OlmoeForCausalLM", "olmoe")
-GLM4_MOE = ("Glm4MoeForCausalLM", "glm4_moe")
-MINIMAX_M2 = ("MiniMaxM2ForCausalLM", "minimax_m2")
-LLAMA4 = ("Llama4ForCausalLM", "llama4_text")
 GPT_OSS = ("GptOssForCausalLM", "gpt_oss")
 QWEN3_NEXT = ("Qwen3NextForCausalLM", "qwen3_next")
 QWEN3_5 = ("Qwen3_5ForCausalLM", "qwen3_5_text")
@@ -113,6 +110,9 @@ LATENT = {
     "qk_rope_head_dim": 6,
     "v_head_dim": 14,
 }
+GLM4_MOE = ("Glm4MoeForCausalLM", "glm4_moe")
+MINIMAX_M2 = ("MiniMaxM2ForCausalLM", "minimax_m2")
+LLAMA4 = ("Llama4ForCausalLM", "llama4_text")
 
 CASES = (
     Case(name="llama", config=_v5(*LLAMA, hidden_act="silu", rope_parameters=_rope())),
@@ -379,6 +379,135 @@ CASES = (
         ),
     ),
     Case(
+        name="mixtral",
+        engine=True,
+        config=_v5(
+            *MIXTRAL,
+            intermediate_size=20,
+            head_dim=12,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            sliding_window=None,
+            rope_parameters=_rope(theta=1e6),
+        ),
+    ),
+    Case(
+        name="mixtral-sliding-v4",
+        config=_v4(
+            *MIXTRAL,
+            intermediate_size=20,
+            num_local_experts=5,
+            num_experts_per_tok=3,
+            sliding_window=7,
+            rope_theta=1e4,
+            router_jitter_noise=0.0,
+            tie_word_embeddings=True,
+        ),
+    ),
+    Case(
+        name="qwen3_moe",
+        config=_v5(
+            *QWEN3_MOE,
+            num_hidden_layers=4,
+            head_dim=16,
+            moe_intermediate_size=20,
+            num_experts=9,
+            num_experts_per_tok=4,
+            norm_topk_prob=True,
+            decoder_sparse_step=1,
+            mlp_only_layers=[0],
+            rope_parameters=_rope(theta=1e6),
+        ),
+    ),
+    Case(
+        name="qwen3_moe-sparse-step-v4",
+        config=_v4(
+            *QWEN3_MOE,
+            num_hidden_layers=5,
+            head_dim=12,
+            attention_bias=True,
+            moe_intermediate_size=12,
+            num_experts=7,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+            decoder_sparse_step=2,
+            mlp_only_layers=[],
+            use_sliding_window=True,
+            sliding_window=6,
+            rope_theta=1e4,
+        ),
+    ),
+    Case(
+        name="qwen2_moe-v4",
+        config=_v4(
+            *QWEN2_MOE,
+            num_key_value_heads=6,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=28,
+            num_experts=7,
+            num_experts_per_tok=3,
+            norm_topk_prob=False,
+            decoder_sparse_step=1,
+            mlp_only_layers=[1],
+            use_sliding_window=False,
+            sliding_window=6,
+            max_window_layers=2,
+            rope_theta=1e6,
+        ),
+    ),
+    Case(
+        name="qwen2_moe-sliding",
+        config=_v5(
+            *QWEN2_MOE,
+            head_dim=12,
+            qkv_bias=False,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            use_sliding_window=True,
+            sliding_window=6,
+            max_window_layers=2,
+            rope_parameters=_rope(theta=1e4),
+        ),
+    ),
+    Case(
+        name="olmoe",
+        config=_v5(
+            *OLMOE,
+            intermediate_size=20,
+            num_key_value_heads=3,
+            num_experts=8,
+            num_experts_per_tok=3,
+            norm_topk_prob=False,
+            rope_parameters=_rope(theta=1e4),
+        ),
+    ),
+    Case(
+        name="gpt_oss",
+        engine=True,
+        config=_v5(
+            *GPT_OSS,
+            intermediate_size=20,
+            head_dim=16,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            sliding_window=6,
+            layer_types=_sliding("sfs"),
+            swiglu_limit=1.5,
+            rope_parameters=_rope(
+                "yarn",
+                150_000.0,
+                factor=4.0,
+                original_max_position_embeddings=64,
+                beta_fast=2.0,
+                beta_slow=0.25,
+                truncate=False,
+            ),
+        ),
+    ),
+    Case(
         name="qwen3_next",
         engine=True,
         config=_v5(
@@ -530,7 +659,6 @@ CASES = (
             use_bias=True,
             use_conv_bias=False,
             mlp_bias=True,
-            attention_bias=True,
             layer_norm_epsilon=1e-3,
         ),
     ),
@@ -620,112 +748,6 @@ CASES = (
         ),
     ),
     Case(
-        name="mixtral",
-        engine=True,
-        config=_v5(
-            *MIXTRAL,
-            intermediate_size=20,
-            head_dim=12,
-            num_local_experts=6,
-            num_experts_per_tok=2,
-            sliding_window=None,
-            rope_parameters=_rope(theta=1e6),
-        ),
-    ),
-    Case(
-        name="mixtral-sliding-v4",
-        config=_v4(
-            *MIXTRAL,
-            intermediate_size=20,
-            num_local_experts=5,
-            num_experts_per_tok=3,
-            sliding_window=7,
-            rope_theta=1e4,
-            router_jitter_noise=0.0,
-            tie_word_embeddings=True,
-        ),
-    ),
-    Case(
-        name="qwen3_moe",
-        config=_v5(
-            *QWEN3_MOE,
-            num_hidden_layers=4,
-            head_dim=16,
-            moe_intermediate_size=20,
-            num_experts=9,
-            num_experts_per_tok=4,
-            norm_topk_prob=True,
-            decoder_sparse_step=1,
-            mlp_only_layers=[0],
-            rope_parameters=_rope(theta=1e6),
-        ),
-    ),
-    Case(
-        name="qwen3_moe-sparse-step-v4",
-        config=_v4(
-            *QWEN3_MOE,
-            num_hidden_layers=5,
-            head_dim=12,
-            attention_bias=True,
-            moe_intermediate_size=12,
-            num_experts=7,
-            num_experts_per_tok=2,
-            norm_topk_prob=False,
-            decoder_sparse_step=2,
-            mlp_only_layers=[],
-            use_sliding_window=True,
-            sliding_window=6,
-            rope_theta=1e4,
-        ),
-    ),
-    Case(
-        name="qwen2_moe-v4",
-        config=_v4(
-            *QWEN2_MOE,
-            num_key_value_heads=6,
-            moe_intermediate_size=12,
-            shared_expert_intermediate_size=28,
-            num_experts=7,
-            num_experts_per_tok=3,
-            norm_topk_prob=False,
-            decoder_sparse_step=1,
-            mlp_only_layers=[1],
-            use_sliding_window=False,
-            sliding_window=6,
-            max_window_layers=2,
-            rope_theta=1e6,
-        ),
-    ),
-    Case(
-        name="qwen2_moe-sliding",
-        config=_v5(
-            *QWEN2_MOE,
-            head_dim=12,
-            qkv_bias=False,
-            moe_intermediate_size=12,
-            shared_expert_intermediate_size=20,
-            num_experts=6,
-            num_experts_per_tok=2,
-            norm_topk_prob=True,
-            use_sliding_window=True,
-            sliding_window=6,
-            max_window_layers=2,
-            rope_parameters=_rope(theta=1e4),
-        ),
-    ),
-    Case(
-        name="olmoe",
-        config=_v5(
-            *OLMOE,
-            intermediate_size=20,
-            num_key_value_heads=3,
-            num_experts=8,
-            num_experts_per_tok=3,
-            norm_topk_prob=False,
-            rope_parameters=_rope(theta=1e4),
-        ),
-    ),
-    Case(
         name="olmoe-clipped-v4",
         config=_v4(
             *OLMOE,
@@ -797,29 +819,6 @@ CASES = (
             ),
         ),
     ),
-    Case(
-        name="gpt_oss",
-        engine=True,
-        config=_v5(
-            *GPT_OSS,
-            intermediate_size=20,
-            head_dim=16,
-            num_local_experts=6,
-            num_experts_per_tok=2,
-            sliding_window=6,
-            layer_types=_sliding("sfs"),
-            swiglu_limit=1.5,
-            rope_parameters=_rope(
-                "yarn",
-                150_000.0,
-                factor=4.0,
-                original_max_position_embeddings=64,
-                beta_fast=2.0,
-                beta_slow=0.25,
-                truncate=False,
-            ),
-        ),
-    ),
 )
 
 # A_log, Δ's bias (so that states last for some tokens), Mamba's D and short convolutions: center and scale.
@@ -860,13 +859,13 @@ def make_weight(name: str, shape: tuple[int, ...], config: Mapping[str, Any], se
         center, scale = (0.0 if zero_centered else 1.0), 0.4
     elif name.endswith(EMBEDDINGS):
         scale = 0.1 if config["tie_word_embeddings"] else 0.4
-    elif len(shape) == 2 or ".experts." in name:
+    elif len(shape) >= 2:
         scale = 1.0
         if name == "lm_head.weight":
             scale = 0.7
         elif any(part in name for part in ("q_proj", "k_proj", "qkv_proj")):
             scale = 1.3  # attention that chooses
-        scale /= math.sqrt(shape[1])  # of inputs, also of the experts in one tensor [E, D, N]
+        scale /= math.sqrt(shape[1])  # of inputs; also where a tensor holds all experts, [E, D, N]
     return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale) + np.float32(center)
 
 
