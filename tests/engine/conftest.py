@@ -42,7 +42,9 @@ def make_engine(name: str) -> Engine:
     longest = config.max_model_len or MAX_LEN
     B, chunk = config.block_size, config.max_num_batched_tokens
     cache_memory = sum(
-        spec.page_bytes(B, jnp.float32) * (1 + blocks_of(spec.reach, longest, chunk, B) * sequences) for spec in specs
+        spec.page_bytes(B, jnp.float32) * (1 + blocks_of(spec.reach, longest, chunk, B) * sequences)
+        for spec in specs
+        if spec
     )
     budget = replace(config, cache_memory=int(cache_memory))
     plan = plan_cache(tiny.model, budget, jnp.float32, 2**30, "cpu")

@@ -74,7 +74,9 @@ def plan_cache(
             f"max_model_len={longest} is longer than the {model.config.max_len} positions that the model was made for."
         )
     while True:
-        plan = _plan(model.cache_specs(), config, cache_dtype(config, dtype), longest, budget)
+        plan = _plan(
+            [spec for spec in model.cache_specs() if spec], config, cache_dtype(config, dtype), longest, budget
+        )
         if plan.num_bytes <= budget:
             return plan
         if config.max_model_len is not None or longest <= 64:

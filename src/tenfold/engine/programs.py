@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from tenfold.base.reach import Reach
 from tenfold.kernels import sampling
 from tenfold.kernels.attention import AttentionSpec, Heads
-from tenfold.kernels.paged_attention import Cache, NativeCache, RaggedBatch, paged_attention, update, write
+from tenfold.kernels.paged_attention import Cache, NativeCache, RaggedBatch, paged_attention, read, update, write
 from tenfold.kernels.sampling import SamplingBatch
 from tenfold.models.family import Model
 from tenfold.nn.param import Tree
@@ -47,25 +47,33 @@ class StepBatch(NamedTuple):
 
 def forward(
     params: Tree,
-    caches: Sequence[Cache],
+    caches: Sequence[Cache | None],
     history: Int[Array, "R X"],
     batch: StepBatch,
     *,
     model: Model,
     reaches: tuple[Reach, ...],
     decode_only: bool,
-) -> tuple[list[Cache], Float[Array, "T D"], Float[Array, "S D"]]:
+) -> tuple[list[Cache | None], Float[Array, "T D"], Float[Array, "S D"]]:
     """Computes a step: writes its keys and values, and returns all hidden states and those of each row's last token.
 
     `reaches` are those of the layer groups; `decode_only`: every row has one token. The caches are meant to be donated.
     """
 
     def attend(heads: Heads, cache: Cache, spec: AttentionSpec) -> tuple[jax.Array, Cache]:
-        q, k, v = heads
         group = reaches.index(spec.reach)
         ragged = RaggedBatch(
             batch.block_tables[group], batch.kv_lens, batch.query_starts, batch.num_decodes, batch.num_seqs
         )
+        q, k, v = heads
+        if k is None or v is None:  # this step's are in another layer's cache already
+            native = isinstance(cache, NativeCache)
+            o = (
+                read(q, cache, ragged, spec)
+                if native
+                else paged_attention(q, cache, ragged, spec, decode_only=decode_only)
+            )
+            return o, cache
         if isinstance(cache, NativeCache):
             return update(q, k, v, cache, ragged, spec)
         cache = write(cache, k, v, batch.pages[group], batch.offsets)

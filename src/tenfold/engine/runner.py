@@ -73,10 +73,10 @@ class Runner:
         B = config.block_size
         self._blocks = -(-max_len // B)
         dtype = model.activation_dtype(params)
-        on_native = native.available(params["norm"].devices().pop())
+        on_native = native.available(jax.tree.leaves(params)[0].devices().pop())
         held = cache_dtype(config, dtype)
         self._caches = [
-            spec.make(pages[spec.reach], B, dtype, native=on_native, held=held) for spec in model.cache_specs()
+            spec and spec.make(pages[spec.reach], B, dtype, native=on_native, held=held) for spec in model.cache_specs()
         ]
         self._history = jnp.zeros((config.max_num_seqs + 1, max_len), jnp.int32)
         self._decodes = token_buckets(1, config.max_num_seqs)

@@ -44,12 +44,12 @@ class Heads(NamedTuple):
 
     Attributes:
         q: queries, rotated.
-        k, v: the keys and values of the same tokens.
+        k, v: the keys and values of the same tokens; None where the layer reads those of another.
     """
 
     q: Float[Array, "T H K"]
-    k: Float[Array, "T J K"]
-    v: Float[Array, "T J K"]
+    k: Float[Array, "T J K"] | None
+    v: Float[Array, "T J K"] | None
 
 
 Attend = Callable[[Any, Any, Any], tuple[Any, Any]]

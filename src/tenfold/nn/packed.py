@@ -12,7 +12,9 @@ from tenfold.kernels.attention import Attend, AttentionSpec, Heads, packed_atten
 
 
 def packed_attend(segments: Int[Array, "R L"]) -> Attend:
-    """An `Attend` for T tokens that are R rows end to end: without caches, causal, and within each segment of a row.
+    """An `Attend` for T tokens that are R rows end to end: causal, and within each segment of a row.
+
+    What it returns as a layer's cache are the keys and values, for layers that read them.
 
     Args:
         segments: an id per token; tokens see only tokens of the same id in the same row.
@@ -20,7 +22,9 @@ def packed_attend(segments: Int[Array, "R L"]) -> Attend:
     R, L = segments.shape
 
     def attend(heads: Heads, cache: Any, spec: AttentionSpec) -> tuple[jax.Array, Any]:
-        q, k, v = (x.reshape(R, L, *x.shape[1:]) for x in heads)
+        if heads.k is not None and heads.v is not None:
+            cache = heads.k, heads.v
+        q, k, v = (x.reshape(R, L, *x.shape[1:]) for x in (heads.q, *cache))
         o = packed_attention(q, k, v, segments, spec)
         return o.reshape(R * L, *o.shape[2:]), cache
 

@@ -31,7 +31,13 @@ def stack_layers(layers: Sequence[Tree], kinds: Sequence[Hashable]) -> Tree:
 
 
 def run_layers(
-    block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any, caches: Sequence[Any] | None = None
+    block: Block,
+    layers: Tree,
+    kinds: Sequence[Hashable],
+    x: Any,
+    caches: Sequence[Any] | None = None,
+    *,
+    sources: Sequence[int | None] | None = None,
 ) -> tuple[Any, list[Any]]:
     """Runs `block(x, params, kind, cache) -> (x, cache)` over every layer.
 
@@ -41,28 +47,38 @@ def run_layers(
         kinds: what tells the layers apart, one per layer; static.
         x: the activations that the layers pass on.
         caches: one per layer, or None without a cache. Stacked layers take none.
+        sources: for each layer the earlier one whose cache it reads in place of its own, or None. It gets what that
+            layer's block returned. The kinds must tell layers with a source from those without.
 
     Returns:
-        The last activations, and the updated caches (Nones without).
+        The last activations, and the updated caches (Nones without, and for layers with a source).
     """
+    sources = [None] * len(kinds) if sources is None else sources
     if isinstance(layers, dict):
         if caches is not None:
             raise ValueError("stacked layers hold no cache: serve with unstacked ones")
-        return _scan_layers(block, layers, kinds, x), [None] * len(kinds)
+        return _scan_layers(block, layers, kinds, x, sources), [None] * len(kinds)
     traced = jax.jit(block, static_argnums=2)  # once for all layers of a kind; XLA inlines it again
     updated: list[Any] = []
     for i, params in enumerate(layers):
-        x, cache = traced(x, params, kinds[i], None if caches is None else caches[i])
+        source = sources[i]
+        given = updated[source] if source is not None else None if caches is None else caches[i]
+        x, cache = traced(x, params, kinds[i], given)
         updated.append(cache)
-    return x, updated
+    return x, [None if source is not None else cache for source, cache in zip(sources, updated, strict=True)]
 
 
-def _scan_layers(block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any) -> Any:
+def _scan_layers(block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any, sources: Sequence[int | None]) -> Any:
     n = len(layers["scan"])
+    if any(source is not None for source in sources) and n < len(kinds):
+        raise ValueError("layers that read another's cache are of kinds of their own, so that no pattern repeats")
 
     def body(x: Any, params: list[Tree]) -> tuple[Any, None]:
+        updated: list[Any] = []
         for i in range(n):
-            x, _ = block(x, params[i], kinds[i], None)
+            source = sources[i]
+            x, cache = block(x, params[i], kinds[i], None if source is None else updated[source])
+            updated.append(cache)
         return x, None
 
     x, _ = jax.lax.scan(body, x, layers["scan"])

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32
 from tenfold.base.errors import ConfigError
 from tenfold.base.files import TOKENIZER_FILES, matches
 from tenfold.data.tokenizer import Tokenizer
-from tenfold.kernels.attention import AttentionSpec, packed_attention
+from tenfold.kernels.attention import Attend, AttentionSpec, Heads, packed_attention
 from tenfold.kernels.matmul import ObservedWeight, reference
 from tenfold.models.family import Model, resolve
 from tenfold.nn import checkpoint
@@ -133,13 +133,15 @@ class _Moments:
         return self._last[1]
 
 
-def _attend_by_row(rows: Rows) -> Callable[..., tuple[jax.Array, None]]:
+def _attend_by_row(rows: Rows) -> Attend:
     """Attention within the segments of packed rows, some rows at a time: the scores of all would fill the memory."""
     N, L = rows.tokens.shape
     segments = jnp.asarray(rows.segment_ids)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: None, spec: AttentionSpec) -> tuple[jax.Array, None]:
-        q, k, v = (x.reshape(N, L, *x.shape[1:]) for x in (q, k, v))
+    def attend(heads: Heads, cache: Any, spec: AttentionSpec) -> tuple[jax.Array, Any]:
+        if heads.k is not None and heads.v is not None:
+            cache = heads.k, heads.v
+        q, k, v = (x.reshape(N, L, *x.shape[1:]) for x in (heads.q, *cache))
         with jax.disable_jit(False):
             parts = [_attention(q[at], k[at], v[at], segments[at], spec) for at in _cut(N)]
         o = jnp.concatenate(parts)
@@ -200,7 +202,7 @@ def quantize_checkpoint(
     held_out = -(-samples // HELD_OUT)
     rows = draw_rows(texts, tokenizer, min(ROW_LENGTH, model.config.max_len), samples + held_out, seed)
     calibration, measured = Rows(*(a[:samples] for a in rows)), Rows(*(a[samples:] for a in rows))
-    params = checkpoint.load(path, model.params(), jnp.float32)
+    params = checkpoint.load(path, model.params(), jnp.float32, unused=model.unused())
     before = perplexity(model, params, measured)
     dtype = _stored_dtype(config)
     params = calibrate(model, params, calibration, chosen, scale_dtype=dtype, report=report)
