@@ -49,6 +49,7 @@ def make_engine(dtype: str, scheme: str | None, cache: str, model: str) -> Engin
     cache_memory = sum(
         spec.page_bytes(8, cache_dtype(config, dtype)) * (1 + blocks_of(spec.reach, MAX_LEN, 24, 8) * PREEMPTING)
         for spec in tiny.model.cache_specs()
+        if spec
     )
     config = replace(config, cache_memory=int(cache_memory))
     return Engine(tiny.model, params, config, plan_cache(tiny.model, config, jnp.dtype(dtype), 2**30, "cpu"), EOS)
@@ -59,8 +60,10 @@ def exact(scored: Sequence[TokenLogprobs | None] | None) -> list[tuple[object, .
 
 
 @pytest.mark.usefixtures("programs")
-@pytest.mark.parametrize("model", ["full", "alternating"])
-@pytest.mark.parametrize("form", list(FORMATS))
+@pytest.mark.parametrize(
+    ("form", "model"),
+    [*((form, model) for form in FORMATS for model in ("full", "alternating")), ("float32", "sharing")],
+)
 def test_logprobs_are_bit_identical_alone_and_in_any_company(form: str, model: str) -> None:
     """Alone or in a batch, in chunks or whole, on a prefix hit or a miss, before and after a preemption."""
     engine = make_engine(*FORMATS[form], model)

@@ -54,6 +54,10 @@ class Case:
     max_len: int = LONGEST_PROMPT + NEW_TOKENS
     engine: bool = False
 
+    @property
+    def vocab_size(self) -> int:
+        return self.config.get("text_config", self.config)["vocab_size"]
+
 
 def _rope(kind: str = "default", theta: float = 10_000.0, **more: Any) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": theta, **more}
@@ -77,10 +81,33 @@ QWEN2 = ("Qwen2ForCausalLM", "qwen2")
 QWEN3 = ("Qwen3ForCausalLM", "qwen3")
 GEMMA2 = ("Gemma2ForCausalLM", "gemma2")
 GEMMA3 = ("Gemma3ForCausalLM", "gemma3_text")
+GEMMA3N = ("Gemma3nForCausalLM", "gemma3n_text")
+GEMMA4 = ("Gemma4ForCausalLM", "gemma4_text")
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 PHI3 = ("Phi3ForCausalLM", "phi3")
 SMOLLM3 = ("SmolLM3ForCausalLM", "smollm3")
 OLMO2 = ("Olmo2ForCausalLM", "olmo2")
 OLMO3 = ("Olmo3ForCausalLM", "olmo3")
+COHERE = ("CohereForCausalLM", "cohere")
+COHERE2 = ("Cohere2ForCausalLM", "cohere2")
+GRANITE = ("GraniteForCausalLM", "granite")
+EXAONE4 = ("Exaone4ForCausalLM", "exaone4")
+MINISTRAL3 = ("Ministral3ForCausalLM", "ministral3")
+GLM = ("GlmForCausalLM", "glm")
+GLM4 = ("Glm4ForCausalLM", "glm4")
+PHI = ("PhiForCausalLM", "phi")
+OPT = ("OPTForCausalLM", "opt")
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    **{key: SIZES[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")},
+    "n_embd": 48,
+    "n_head": 6,
+    "n_layer": 3,
+    "n_positions": 256,
+    "layer_norm_epsilon": 1e-3,
+}
+SEED_OSS = ("SeedOssForCausalLM", "seed_oss")
 
 CASES = (
     Case(name="llama", config=_v5(*LLAMA, hidden_act="silu", rope_parameters=_rope())),
@@ -287,6 +314,21 @@ CASES = (
         shortest_prompt=17,  # transformers picks the factors by the tokens so far, we by what the context may hold
     ),
     Case(
+        name="phi3-4-mini-v4",
+        config=_v4(
+            *PHI3,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            max_position_embeddings=1024,
+            original_max_position_embeddings=512,
+            partial_rotary_factor=0.75,
+            rope_theta=250.0,
+            rope_scaling={"type": "longrope", "short_factor": SHORT_FACTORS, "long_factor": LONG_FACTORS},
+            sliding_window=262144,
+        ),
+    ),
+    Case(
         name="smollm3",
         config=_v5(
             *SMOLLM3,
@@ -346,7 +388,409 @@ CASES = (
             rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
         ),
     ),
+    Case(
+        name="cohere-v4",
+        config=_v4(*COHERE, tie_word_embeddings=True, layer_norm_eps=1e-3, logit_scale=0.5, rope_theta=1000.0),
+    ),
+    Case(
+        name="cohere-qk-norm",
+        engine=True,
+        config=_v5(
+            *COHERE,
+            head_dim=12,
+            attention_bias=True,
+            use_qk_norm=True,
+            layer_norm_eps=1e-3,
+            logit_scale=0.75,
+            rope_parameters=_rope(theta=500.0),
+        ),
+    ),
+    Case(
+        name="cohere2",
+        engine=True,
+        config=_v5(
+            *COHERE2,
+            num_hidden_layers=5,
+            tie_word_embeddings=True,
+            layer_norm_eps=1e-3,
+            logit_scale=0.5,
+            sliding_window=6,
+            layer_types=_sliding("sssfs"),
+            rope_parameters=_rope(theta=500.0),
+        ),
+    ),
+    Case(
+        name="cohere2-biases-v4",
+        config=_v4(
+            *COHERE2,
+            attention_bias=True,
+            layer_norm_eps=1e-3,
+            logit_scale=0.75,
+            sliding_window=7,
+            sliding_window_pattern=2,
+            rope_theta=1000.0,
+        ),
+    ),
+    Case(
+        name="granite",
+        engine=True,
+        config=_v5(
+            *GRANITE,
+            head_dim=12,
+            embedding_multiplier=3.0,
+            attention_multiplier=0.2,
+            residual_multiplier=0.7,
+            logits_scaling=1.5,
+            rope_parameters=_rope(),
+        ),
+    ),
+    Case(
+        name="granite-biases-tied-v4",
+        config=_v4(
+            *GRANITE,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+            embedding_multiplier=12,
+            attention_multiplier=0.5,
+            residual_multiplier=0.4,
+            logits_scaling=2,
+            rope_theta=500.0,
+        ),
+    ),
+    Case(
+        name="exaone4",
+        engine=True,
+        config=_v5(
+            *EXAONE4,
+            num_hidden_layers=5,
+            head_dim=12,
+            sliding_window=6,
+            sliding_window_pattern="LLLG",
+            layer_types=_sliding("sssfs"),
+            rope_parameters=_rope(
+                "llama3",
+                500.0,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=64,
+            ),
+        ),
+    ),
+    Case(
+        name="exaone4-pattern-v4",
+        config=_v4(*EXAONE4, sliding_window=7, sliding_window_pattern=2, rope_theta=1000.0),
+    ),
+    Case(
+        name="exaone4-full-v4",
+        config=_v4(
+            *EXAONE4,
+            tie_word_embeddings=True,
+            sliding_window=None,
+            sliding_window_pattern=None,
+            layer_types=_sliding("fff"),
+            rope_theta=1000.0,
+        ),
+    ),
+    Case(
+        name="ministral3",
+        engine=True,
+        config=_v5(
+            *MINISTRAL3,
+            head_dim=12,
+            rope_parameters=_rope(
+                "yarn",
+                1000.0,
+                factor=16.0,
+                original_max_position_embeddings=16,
+                beta_fast=4.0,
+                beta_slow=0.25,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+                llama_4_scaling_beta=0.6,
+            ),
+        ),
+    ),
+    Case(
+        name="ministral3-sliding",
+        config=_v5(
+            *MINISTRAL3,
+            head_dim=16,
+            tie_word_embeddings=True,
+            sliding_window=9,
+            rope_parameters=_rope(original_max_position_embeddings=8, llama_4_scaling_beta=0.3),
+        ),
+    ),
+    Case(
+        name="glm",
+        engine=True,
+        config=_v5(*GLM, head_dim=16, rope_parameters=_rope(theta=500.0, partial_rotary_factor=0.5)),
+    ),
+    Case(
+        name="glm-v4",
+        config=_v4(*GLM, head_dim=12, attention_bias=False, tie_word_embeddings=True, rope_theta=1000.0),
+    ),
+    Case(
+        name="glm4",
+        engine=True,
+        config=_v5(*GLM4, head_dim=12, attention_bias=False, rope_parameters=_rope(partial_rotary_factor=0.5)),
+    ),
+    Case(
+        name="glm4-biases-v4",
+        config=_v4(*GLM4, head_dim=16, num_key_value_heads=3, partial_rotary_factor=0.25, rope_theta=500.0),
+    ),
+    Case(
+        name="seed_oss",
+        engine=True,
+        config=_v5(*SEED_OSS, head_dim=12, attention_bias=True, rope_parameters=_rope(theta=1e7)),
+    ),
+    Case(
+        name="seed_oss-biases-v4",
+        config=_v4(
+            *SEED_OSS,
+            head_dim=16,
+            attention_bias=False,
+            attention_out_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+            rope_theta=1000.0,
+        ),
+    ),
+    Case(
+        name="phi",
+        engine=True,
+        config=_v5(
+            *PHI,
+            num_key_value_heads=3,
+            hidden_act="gelu_new",
+            layer_norm_eps=1e-3,
+            rope_parameters=_rope(theta=500.0, partial_rotary_factor=0.5),
+        ),
+    ),
+    Case(
+        name="phi-v4",
+        config=_v4(
+            *PHI,
+            num_attention_heads=3,
+            num_key_value_heads=None,
+            hidden_act="gelu_new",
+            layer_norm_eps=1e-3,
+            tie_word_embeddings=True,
+            partial_rotary_factor=0.25,
+            rope_theta=100.0,
+        ),
+    ),
+    Case(
+        name="gpt2",
+        engine=True,
+        config={
+            **GPT2,
+            **TRANSFORMERS_5,
+            "n_inner": 68,
+            "tie_word_embeddings": False,
+            "scale_attn_by_inverse_layer_idx": True,
+            "reorder_and_upcast_attn": True,
+        },
+    ),
+    Case(
+        name="gpt2-tied-v4",
+        config={
+            **GPT2,
+            **TRANSFORMERS_4,
+            "n_ctx": 256,
+            "n_inner": None,
+            "tie_word_embeddings": True,
+            "activation_function": "gelu",
+            "scale_attn_weights": False,
+        },
+    ),
+    Case(
+        name="opt",
+        engine=True,
+        config=_v5(*OPT, ffn_dim=68, tie_word_embeddings=True),
+    ),
+    Case(
+        name="opt-post-norm-v4",
+        config=_v4(
+            *OPT,
+            ffn_dim=68,
+            word_embed_proj_dim=20,
+            do_layer_norm_before=False,
+            tie_word_embeddings=True,
+            activation_function="gelu",
+        ),
+    ),
+    Case(
+        name="opt-no-biases-v4",
+        config=_v4(*OPT, ffn_dim=68, word_embed_proj_dim=52, enable_bias=False, _remove_final_layer_norm=True),
+    ),
+    Case(
+        name="gemma3-vision",
+        config={
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "model_type": "gemma3",
+            **TRANSFORMERS_5,
+            "text_config": {
+                **_v5(*GEMMA3, **GEMMA),
+                "head_dim": 12,
+                "query_pre_attn_scalar": 8,
+                "sliding_window": 6,
+                "layer_types": _sliding("sfs"),
+                "rope_parameters": {
+                    "full_attention": _rope("linear", 5000.0, factor=8.0),
+                    "sliding_attention": _rope(theta=50.0),
+                },
+            },
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 8,
+                "intermediate_size": 12,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 1,
+            "tie_word_embeddings": True,
+            **{f"{name}_token_index": 200 for name in ("boi", "eoi", "image")},
+        },
+    ),
+    Case(
+        name="gemma3n",
+        engine=True,
+        config=_v5(
+            *GEMMA3N,
+            **GEMMA,
+            num_hidden_layers=5,
+            head_dim=12,
+            sliding_window=6,
+            layer_types=_sliding("sfssf"),
+            num_kv_shared_layers=2,
+            vocab_size_per_layer_input=90,
+            hidden_size_per_layer_input=7,
+            laurel_rank=5,
+            altup_num_inputs=3,
+            altup_active_idx=1,
+            activation_sparsity_pattern=[0.5, 0.0, 0.75, 0.0, 0.5],
+            intermediate_size=[68, 68, 52, 68, 60],
+            final_logit_softcapping=9.0,
+            rope_parameters={
+                "full_attention": _rope(theta=500.0),
+                "sliding_attention": _rope(theta=50.0),
+            },
+        ),
+    ),
+    Case(
+        name="gemma3n-v4",
+        config=_v4(
+            *GEMMA3N,
+            **GEMMA,
+            num_hidden_layers=7,
+            head_dim=16,
+            sliding_window=7,
+            num_kv_shared_layers=1,
+            vocab_size_per_layer_input=97,
+            hidden_size_per_layer_input=8,
+            altup_correct_scale=False,
+            rope_theta=1000.0,
+            rope_local_base_freq=100.0,
+        ),
+    ),
+    Case(
+        name="gemma4",
+        engine=True,
+        config=_v5(
+            *GEMMA4,
+            **GEMMA,
+            num_hidden_layers=5,
+            head_dim=12,
+            global_head_dim=20,
+            sliding_window=6,
+            layer_types=_sliding("sfssf"),
+            num_kv_shared_layers=2,
+            use_double_wide_mlp=True,
+            vocab_size_per_layer_input=97,
+            hidden_size_per_layer_input=7,
+            final_logit_softcapping=9.0,
+            rope_parameters={
+                "full_attention": _rope("proportional", 500.0, partial_rotary_factor=0.5),
+                "sliding_attention": _rope(theta=50.0),
+            },
+        ),
+    ),
+    Case(
+        name="gemma4-values-are-keys",
+        config=_v5(
+            *GEMMA4,
+            **GEMMA,
+            num_hidden_layers=4,
+            num_key_value_heads=3,
+            head_dim=12,
+            sliding_window=6,
+            layer_types=_sliding("sfsf"),
+            attention_k_eq_v=True,
+            per_layer_config={
+                "1": {"head_dim": 16, "num_key_value_heads": 2},
+                "3": {"head_dim": 16, "num_key_value_heads": 2},
+            },
+            hidden_size_per_layer_input=0,
+            use_bidirectional_attention="vision",
+        ),
+    ),
+    Case(
+        name="gemma4-vision",
+        config={
+            "architectures": ["Gemma4ForConditionalGeneration"],
+            "model_type": "gemma4",
+            **TRANSFORMERS_5,
+            "text_config": {
+                **_v5(*GEMMA4, **GEMMA),
+                "num_hidden_layers": 7,
+                "num_key_value_heads": 3,
+                "head_dim": 12,
+                "global_head_dim": 16,
+                "num_global_key_value_heads": 2,
+                "attention_k_eq_v": True,
+                "attention_bias": True,
+                "sliding_window": 6,
+                "hidden_size_per_layer_input": 7,
+                "vocab_size_per_layer_input": 97,
+                "pad_token_id": 0,
+            },
+            "vision_config": {
+                "model_type": "gemma4_vision",
+                "hidden_size": 8,
+                "intermediate_size": 12,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 4,
+                "position_embedding_size": 8,
+            },
+            "audio_config": None,
+            "tie_word_embeddings": True,
+            **{f"{name}_token_id": 200 for name in ("boi", "eoi", "image", "video", "boa", "audio")},
+        },
+    ),
 )
+
+
+LAST_NORMS = (
+    "model.norm.weight",
+    "model.language_model.norm.weight",
+    "model.final_layernorm.weight",
+    "model.decoder.final_layer_norm.weight",
+    "transformer.ln_f.weight",
+)
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "embed_tokens_per_layer.weight",
+    "embed_positions.weight",
+    "wte.weight",
+    "wpe.weight",
+)
+ZERO_CENTERED = ("gemma2", "gemma3", "gemma3_text")  # 1 is added to the scales of their norms
 
 
 def make_weight(name: str, shape: tuple[int, ...], config: Mapping[str, Any], seed: int) -> np.ndarray:
@@ -357,19 +801,19 @@ def make_weight(name: str, shape: tuple[int, ...], config: Mapping[str, Any], se
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     center, scale = 0.0, 0.2  # biases
-    if name == "model.norm.weight":
+    if name in LAST_NORMS:
         scale = 3.5
-    elif name.endswith("norm.weight"):
-        center, scale = (0.0 if config["model_type"].startswith("gemma") else 1.0), 0.4
-    elif name == "model.embed_tokens.weight":
+    elif name.endswith("norm.weight") or (name.endswith("weight") and len(shape) == 1):
+        center, scale = (0.0 if config["model_type"] in ZERO_CENTERED else 1.0), 0.4
+    elif name.endswith(EMBEDDINGS):
         scale = 0.1 if config["tie_word_embeddings"] else 0.4
     elif len(shape) == 2:
         scale = 1.0
         if name == "lm_head.weight":
             scale = 0.7
-        elif any(part in name for part in ("q_proj", "k_proj", "qkv_proj")):
+        elif any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "c_attn")):
             scale = 1.3  # attention that chooses
-        scale /= math.sqrt(shape[1])
+        scale /= math.sqrt(shape[0 if config["model_type"] == "gpt2" and name != "lm_head.weight" else 1])
     return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale) + np.float32(center)
 
 
@@ -378,4 +822,4 @@ def make_prompts(case: Case, seed: int) -> list[list[int]]:
     rng = np.random.default_rng([seed, zlib.crc32(case.name.encode())])
     lengths = rng.integers(case.shortest_prompt, LONGEST_PROMPT, NUM_PROMPTS, endpoint=True)
     lengths[:2] = case.shortest_prompt, LONGEST_PROMPT
-    return [rng.integers(0, case.config["vocab_size"], n).tolist() for n in lengths]
+    return [rng.integers(0, case.vocab_size, n).tolist() for n in lengths]

@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, required=True, help="the directory for the golden files")
     parser.add_argument("--seed", type=int, default=0, help="the first seed to try")
-    parser.add_argument("--only", nargs="*", default=[], help="names of cases; all without")
+    parser.add_argument("--only", nargs="*", default=[], help="names of cases and other files; all without")
     args = parser.parse_args()
     quiet()
     args.write.mkdir(parents=True, exist_ok=True)
@@ -182,9 +182,9 @@ def main() -> None:
             golden = run_with_clear_choices(case, args.seed)
             dump(golden, args.write / f"{case.name}.json")
             print(f"{case.name}: seed {golden['seed']}, smallest gap {golden['smallest_gap']}", flush=True)
-    if not args.only:
-        dump(config_keys(), args.write / "config_keys.json")
-        dump(parameter_counts(), args.write / "parameter_counts.json")
+    for name, content in (("config_keys", config_keys), ("parameter_counts", parameter_counts)):
+        if not args.only or name in args.only:
+            dump(content(), args.write / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -132,6 +132,7 @@ def load(
     dtype: DTypeLike,
     *,
     shardings: Tree = None,
+    unused: Sequence[str] = (),
     finish: Finish | None = None,
     progress: bool = False,
 ) -> Tree:
@@ -149,6 +150,7 @@ def load(
         tree: the declaration; the arrays come in the same tree.
         dtype: of the arrays, whatever the files hold.
         shardings: a matching pytree of shardings, or None for the default device.
+        unused: patterns of the names of tensors that may be there and are not read; `Model.unused` says which.
         finish: makes what stands in the tree out of each weight as soon as it is loaded, such as a repacked one.
         progress: shows a progress bar.
 
@@ -161,7 +163,7 @@ def load(
         return gguf_checkpoint.load(path, tree, dtype, finish=finish, shardings=shardings, progress=progress)
     form = quantized_checkpoint.read_format(read_config(path)) if (path / "config.json").exists() else None
     files = _open(path)
-    found = _verify(path, jax.tree.leaves(tree, is_leaf=is_param), files, form)
+    found = _verify(path, jax.tree.leaves(tree, is_leaf=is_param), files, form, unused)
     _report(path, files, form)
     scattered = 0
 
@@ -272,7 +274,11 @@ def _weight_files(path: Path, weight_map: Mapping[str, str]) -> list[Path]:
 
 
 def _verify(
-    path: Path, params: Sequence[Param], files: Mapping[str, SafetensorsFile], form: QuantizedFormat | None
+    path: Path,
+    params: Sequence[Param],
+    files: Mapping[str, SafetensorsFile],
+    form: QuantizedFormat | None,
+    unused: Sequence[str],
 ) -> dict[str, Stored]:
     """How the checkpoint has each parameter that the declaration names.
 
@@ -284,7 +290,7 @@ def _verify(
     missing = [name for name, tensor in expected if not tensor.optional and name not in files]
     aliases = {alias for shared in parts.values() for part in shared for alias in part.source.aliases}
     known = {*parts, *aliases, *(name for name, _ in expected)}
-    ignored = (*_IGNORED, *(form.unused if form else ()))
+    ignored = (*_IGNORED, *unused, *(form.unused if form else ()))
     unexpected = [
         f"{name} (in {file.path.name})"
         for name, file in files.items()

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from tenfold.base.errors import UnsupportedModelError
 from tenfold.kernels.matmul import Weight, matmul, output_dims
+from tenfold.nn.param import Param, param
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -29,6 +30,14 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
+def layer_norm_params(name: str, at: str, D: int) -> dict[str, Param]:
+    """Declares the weight and the bias of a layer norm, the bias as `{name}_bias`."""
+    return {
+        name: param((D,), "embed", f"{at}.weight", init="ones"),
+        f"{name}_bias": param((D,), "embed", f"{at}.bias", init="zeros"),
+    }
+
+
 def project(x: Float[Array, "T D"], w: Weight, bias: Float[Array, "*O"] | None = None) -> jax.Array:
     """A linear map of the last dim to one or several output dims: (T, D) · (D, O...) → (T, O...)."""
     return project_all(x, (w, bias))[0]
@@ -43,13 +52,28 @@ def project_all(x: Float[Array, "T D"], *maps: tuple[Weight, jax.Array | None]) 
     )
 
 
-def rotate(x: Float[Array, "T H K"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]) -> Float[Array, "T H K"]:
-    """Rotary position embedding (Su et al., 2021) of the first 2·half dims, in the half-split layout of Hugging Face.
+def times(x: Float[Array, "*B D"], factor: float) -> Float[Array, "*B D"]:
+    """The product with a factor that is not rounded to the activations' dtype."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
-    It is computed in float32: rounded to bfloat16, the sines of far positions would have two correct digits.
+
+def rotate(
+    x: Float[Array, "T H K"], cos: Float[Array, "T half"], sin: Float[Array, "T half"], *, interleaved: bool = False
+) -> Float[Array, "T H K"]:
+    """Rotary position embedding (Su et al., 2021) of the first 2·half dims.
+
+    A pair is a dim and the one `half` further, in the layout that Hugging Face gives most families; or, `interleaved`,
+    two neighbours. It is computed in float32: rounded to bfloat16, the sines of far positions would have two correct
+    digits.
     """
     half = cos.shape[-1]
-    x1, x2 = (part.astype(jnp.float32) for part in (x[..., :half], x[..., half : 2 * half]))
+    turned = x[..., : 2 * half].astype(jnp.float32)
+    if interleaved:
+        x1, x2 = turned[..., ::2], turned[..., 1::2]
+    else:
+        x1, x2 = turned[..., :half], turned[..., half:]
     c, s = cos[:, None, :], sin[:, None, :]
-    rotated = jnp.concatenate([x1 * c - x2 * s, x2 * c + x1 * s], axis=-1).astype(x.dtype)
+    pair = (x1 * c - x2 * s, x2 * c + x1 * s)
+    rotated = jnp.stack(pair, axis=-1).reshape(turned.shape) if interleaved else jnp.concatenate(pair, axis=-1)
+    rotated = rotated.astype(x.dtype)
     return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)

@@ -21,7 +21,7 @@ class ShardingRules:
     """The mesh axis, or axes, over which each logical axis is split; None, or an axis that the mesh lacks, splits none.
 
     The defaults are tensor parallelism (Shoeybi et al., 2019) over "tensor" and fully sharded weights (Zhao et al.,
-    2023) over "fsdp".
+    2023) over "fsdp". "small" are dims that nobody would split: the parts of a fused tensor, coefficients, scalars.
     """
 
     embed: MeshAxes = "fsdp"
@@ -30,6 +30,8 @@ class ShardingRules:
     head_dim: MeshAxes = None
     mlp: MeshAxes = "tensor"
     vocab: MeshAxes = "tensor"
+    positions: MeshAxes = None
+    small: MeshAxes = None
     layers: MeshAxes = None
 
 
