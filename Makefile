@@ -6,6 +6,7 @@
 #   make check    formatting, lint, layering, types, sizes, dependencies
 #   make parity   the same models in transformers on torch, compared live; installs torch into .venv-peers
 #   make asan     the native kernels' tests, with them built under AddressSanitizer
+#   make wheel    build a wheel where there is no compiler, install it into an empty environment, and run doctor there
 #   make bench    the benchmarks, against the same peers (BENCHMARKS="server" ARGS="--help" for one of them)
 #   make pico     train the built-in model anew, into runs/pico
 #   make fmt      format the code and fix what lint can fix
@@ -25,7 +26,7 @@ LLAMA_CPP := llama-cpp-python==0.3.36
 # The newest interpreter that works here; `make PYTHON=/path/to/python3.12 test` chooses another.
 PYTHON ?= $(shell tools/find-python)
 
-.PHONY: run test slow asan check parity bench pico fmt constraints clean
+.PHONY: run test slow asan wheel check parity bench pico fmt constraints clean
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED)
@@ -53,6 +54,14 @@ asan: $(INSTALLED)
 	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python -m pytest -q tests/kernels/test_matmul.py tests/kernels/test_norm.py \
 	  tests/kernels/test_native_attention.py $(ARGS); status=$$?; rm -f $(INSTALLED); $(MAKE) $(INSTALLED); exit $$status
+
+wheel: export UV_PYTHON_DOWNLOADS := never
+wheel: $(INSTALLED)
+	rm -rf build/wheel
+	CC=false CXX=false $(BIN)/uv build -q --wheel --build-constraints constraints.txt --out-dir build/wheel .
+	$(BIN)/uv venv -q --python $(BIN)/python build/wheel/venv
+	$(BIN)/uv pip install -q --python build/wheel/venv/bin/python -c constraints.txt build/wheel/*.whl
+	build/wheel/venv/bin/tenfold doctor
 
 bench: $(INSTALLED) $(PEERS_INSTALLED) $(LLAMA_INSTALLED)
 	@set -e; for name in $(BENCHMARKS); do echo "== bench/$$name.py"; $(BIN)/python "bench/$$name.py" $(ARGS); done

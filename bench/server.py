@@ -119,9 +119,11 @@ def main() -> None:
     """Measures the built-in model and a random one of 0.5 B weights."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
-    measure("pico", builtin_model(), 256, repeats)
-    measure("0.5 B", half_billion(), 48, max(2, repeats // 2))
+    parser.add_argument("--models", nargs="*", default=["pico", "0.5 B"], choices=["pico", "0.5 B"])
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        checkpoint, tokens = (builtin_model(), 256) if name == "pico" else (half_billion(), 48)
+        measure(name, checkpoint, tokens, arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 // Paged attention of one block of queries; compiled once per instruction set.
 #include "attention.h"
 
+#include "attention_state.h"
 #include "attention_tiles.h"
 #include "cache_write.h"
 #include "functions.h"
@@ -15,20 +16,8 @@ namespace {
 
 constexpr int64_t kGroups = kChunk / kGroup;
 
-typedef uint8_t U8x16 __attribute__((vector_size(16)));
-typedef uint16_t U16x16 __attribute__((vector_size(32)));
 
 inline int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
-
-inline U16x16 to_bf16(F32x16 v) {
-#if defined(__AVX512BF16__)
-  return (U16x16)_mm512_cvtneps_pbh((__m512)v);
-#else
-  U16x16 out;
-  for (int i = 0; i < kLanes; ++i) out[i] = float_to_bf16(v[i]);
-  return out;
-#endif
-}
 
 // Rows of a tile, and the keys that any of them sees.
 struct Tile {
@@ -351,15 +340,15 @@ class Pass {
       return;
     }
     const int64_t first = begin / kGroup, groups = (end + kGroup - 1) / kGroup;
-    I32x16 lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    constexpr int32_t kOrder[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const I32x16 lane = load<I32x16>(kOrder);
     F32x16 peaks = splat(-kInfinity);
     for (int64_t g = first; g < groups; ++g) {
       F32x16 score = score_of(m, g);
       const I32x16 key = lane + static_cast<int32_t>(g * kGroup);
       const I32x16 seen = (key >= static_cast<int32_t>(begin)) & (key < static_cast<int32_t>(end));
-      score = seen ? score : splat(-kInfinity);
-      peaks = score > peaks ? score : peaks;
+      score = select(seen, score, splat(-kInfinity));
+      peaks = select(score > peaks, score, peaks);
       store(row + g * kGroup, score);
     }
     float* state = state_ + m * ld_;
@@ -380,7 +369,7 @@ class Pass {
       total += weight;
       if constexpr (C::kTogether == 4) {
         weight *= load<F32x16>(s_.value_scales + g * kGroup);
-        heaviest = weight > heaviest ? weight : heaviest;
+        heaviest = select(weight > heaviest, weight, heaviest);
       }
       put(row, g, weight);
     }
@@ -392,8 +381,7 @@ class Pass {
   // Weights take the place of scores that were read already.
   static void put(uint32_t* row, int64_t g, F32x16 weight) {
     if constexpr (A::kNarrow) {
-      const U16x16 narrow = to_bf16(weight);
-      std::memcpy(row + g * kGroup / 2, &narrow, sizeof(narrow));
+      narrow(reinterpret_cast<uint16_t*>(row + g * kGroup / 2), weight);
     } else {
       store(row + g * kGroup, weight);
     }
@@ -413,10 +401,10 @@ class Pass {
       s_.weight_scales[m] = heaviest / kLargest;
       for (int64_t g = first; g < groups; ++g) {
         const F32x16 scaled = load<F32x16>(row + g * kGroup) * inverse + 0.5f;
-        const U32x16 code = bit_cast<U32x16>(__builtin_convertvector(scaled, I32x16));
+        const U32x16 code = bit_cast<U32x16>(convert<I32x16>(scaled));
         for (int l = 0; l < A::kLimbs; ++l) {
-          const U8x16 limb = __builtin_convertvector((code >> (8 * (A::kLimbs - 1 - l))) & 0xffu, U8x16);
-          std::memcpy(row + l * kChunk + g * kGroup / 4, &limb, sizeof(limb));
+          store_narrow(reinterpret_cast<uint8_t*>(row + l * kChunk + g * kGroup / 4),
+                       (code >> (8 * (A::kLimbs - 1 - l))) & 0xffu);
         }
       }
     }
@@ -478,59 +466,17 @@ void attend(const Attention& a, const QueryBlock& block, int64_t split, void* sc
 #if defined(__AVX512F__)
   const bool narrow = a.query_type == Element::kBF16;
   auto* pass = a.cache_type == Element::kF32    ? attend_as<Wide<F32>>
+               : a.cache_type == Element::kFp8  ? attend_as<Wide<Fp8>>
                : a.cache_type == Element::kInt8 ? (narrow ? attend_as<Fixed<2>> : attend_as<Fixed<3>>)
                : narrow                         ? attend_as<Narrow>
                                                 : attend_as<Wide<BF16>>;
 #else
   auto* pass = a.cache_type == Element::kF32    ? attend_as<Wide<F32>>
+               : a.cache_type == Element::kFp8  ? attend_as<Wide<Fp8>>
                : a.cache_type == Element::kInt8 ? attend_as<Wide<Int8>>
                                                 : attend_as<Wide<BF16>>;
 #endif
   pass(a, block, split, scratch, partial);
-}
-
-// A row's state ends in the largest score so far and the total of the weights relative to it.
-void clear(const Attention& a, int64_t rows, float* state) {
-  const int64_t ld = a.state_floats();
-  std::memset(state, 0, static_cast<size_t>(rows * ld) * sizeof(float));
-  for (int64_t m = 0; m < rows; ++m) state[m * ld + ld - kLanes] = -kInfinity;
-}
-
-__attribute__((noinline)) void merge(const Attention& a, int64_t rows, const float* partial, float* state) {
-  const int64_t ld = a.state_floats(), values = ld - kLanes;
-  for (int64_t m = 0; m < rows; ++m, partial += ld, state += ld) {
-    const float ours = state[values], theirs = partial[values];
-    const float peak = theirs > ours ? theirs : ours;
-    const float keep = ours == peak ? 1 : exp2(ours - peak), add = theirs == peak ? 1 : exp2(theirs - peak);
-    state[values] = peak;
-    state[values + 1] = state[values + 1] * keep + partial[values + 1] * add;
-    for (int64_t i = 0; i < values; i += kLanes)
-      store(state + i, fma(load<F32x16>(state + i), splat(keep), load<F32x16>(partial + i) * add));
-  }
-}
-
-void finish(const Attention& a, const QueryBlock& block, const float* state) {
-  const int64_t G = a.group(), ld = a.state_floats(), values = ld - kLanes;
-  for (int64_t m = 0; m < block.count * G; ++m, state += ld) {
-    const int64_t head = block.head * G + m % G, at = ((block.token + m / G) * a.H + head) * a.K;
-    float total = state[values + 1], factor = 1;
-    if (a.sinks) {
-      const float sink = a.sinks[head] * kLog2e, peak = sink > state[values] ? sink : state[values];
-      factor = exp2(state[values] - peak);
-      total = total * factor + exp2(sink - peak);
-    }
-    for (int64_t v = 0; v * kLanes < values; ++v) {
-      // Adding 0 leaves no negative one, whose sign would tell of additions of 0.
-      const F32x16 out = load<F32x16>(state + v * kLanes) * factor / total + 0.0f;
-      const int64_t column = a.K < kLanes ? 0 : column_of(v, a.K), lanes = min(kLanes, a.K);
-      if (a.query_type == Element::kF32) {
-        std::memcpy(static_cast<float*>(a.out) + at + column, &out, static_cast<size_t>(lanes) * sizeof(float));
-      } else {
-        const U16x16 narrow = to_bf16(out);
-        std::memcpy(static_cast<uint16_t*>(a.out) + at + column, &narrow, static_cast<size_t>(lanes) * 2);
-      }
-    }
-  }
 }
 
 }  // namespace

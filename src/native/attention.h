@@ -7,7 +7,7 @@
 // dim that is added over:
 //   keys    [P][J][K / u][B][u]
 //   values  [P][J][B / u][K][u]
-//   scales  float32 [P][J][B], of keys and of values, where elements are int8
+//   scales  float32 [P][J][B], of keys and of values, where elements are of 8 bits: int8, or fp8 as e4m3fn
 //
 // The bits of a result depend on one token's query and its sequence's keys and values alone. Every score is one chain
 // of additions over K. Keys are taken in chunks of 256 and splits of 4096 that are counted from the start of the
@@ -23,7 +23,7 @@ constexpr int64_t kGroup = 16;    // keys of one vector
 constexpr int64_t kChunk = 256;   // keys of one pass of the softmax
 constexpr int64_t kSplit = 4096;  // keys that may be a task of their own
 
-enum class Element { kF32, kBF16, kInt8 };
+enum class Element { kF32, kBF16, kInt8, kFp8 };
 
 // One call.
 struct Attention {
@@ -43,6 +43,7 @@ struct Attention {
   const int32_t* tables;  // [S][N]
 
   int64_t group() const { return H / J; }
+  bool scaled() const { return cache_type == Element::kInt8 || cache_type == Element::kFp8; }
   // Floats of one row's state: the sum of its values in vectors, then a vector of what its softmax needs.
   int64_t state_floats() const { return (K + kGroup - 1) / kGroup * kGroup + kGroup; }
 };

@@ -23,6 +23,8 @@ constexpr int64_t kBlockRows = 96;         // rows of a block: with a chunk of k
 constexpr int64_t kSerialCost = 1 << 18;   // multiply-adds below which other threads would come too late
 constexpr int64_t kSerialWrite = 1 << 15;  // elements, likewise
 constexpr int64_t kWriteTokens = 32;       // of one task
+constexpr const char* kPages =
+    "pages must be [P, J, K / u, B, u] and [P, J, B / u, K, u] of float32, bfloat16, int8 or float8_e4m3fn";
 
 const AttentionKernels& kernels() { return TENFOLD_CHOOSE(attention); }
 
@@ -51,6 +53,7 @@ std::optional<Element> element_of(ffi::DataType type) {
   if (type == ffi::F32) return Element::kF32;
   if (type == ffi::BF16) return Element::kBF16;
   if (type == ffi::S8) return Element::kInt8;
+  if (type == ffi::F8E4M3FN) return Element::kFp8;
   return std::nullopt;
 }
 
@@ -109,7 +112,7 @@ ffi::Error read_rows(const Attention& a, const ffi::AnyBuffer& kv_lens, const ff
 ffi::Error read_queries(const ffi::AnyBuffer& q, ffi::AnyBuffer& out, Attention& a, Rows& rows) {
   const auto dims = q.dimensions();
   const auto type = element_of(q.element_type());
-  if (dims.size() != 3 || !type || *type == Element::kInt8) {
+  if (dims.size() != 3 || !type || (*type != Element::kF32 && *type != Element::kBF16)) {
     return invalid("q must be [T, H, K] of float32 or bfloat16");
   }
   if (out.element_type() != q.element_type() || !has_shape(out, {dims[0], dims[1], dims[2]})) {
@@ -130,7 +133,7 @@ ffi::Error read_cache(Buffers& buffers, Attention& a) {
   const auto dims = keys->dimensions();
   const auto type = element_of(keys->element_type());
   if (dims.size() != 5 || !type || values->element_type() != keys->element_type()) {
-    return invalid("pages must be [P, J, K / u, B, u] and [P, J, B / u, K, u] of float32, bfloat16 or int8");
+    return invalid(kPages);
   }
   const int64_t u = *type == Element::kF32 ? 1 : *type == Element::kBF16 ? 2 : 4;
   a.cache_type = *type;
@@ -141,15 +144,15 @@ ffi::Error read_cache(Buffers& buffers, Attention& a) {
     return invalid("K and B must be multiples of u = 4 / (bytes of an element), H one of J, and K at most 1024");
   }
   if (!has_shape(*keys, {a.P, a.J, a.K / u, a.B, u}) || !has_shape(*values, {a.P, a.J, a.B / u, a.K, u})) {
-    return invalid("pages must be [P, J, K / u, B, u] and [P, J, B / u, K, u] of float32, bfloat16 or int8");
+    return invalid(kPages);
   }
   a.keys = keys->untyped_data();
   a.values = values->untyped_data();
   for (float** of : {&a.key_scales, &a.value_scales}) {
-    if (*type != Element::kInt8) break;
+    if (!a.scaled()) break;
     const auto scales = buffers.next();
     if (!scales || scales->element_type() != ffi::F32 || !has_shape(*scales, {a.P, a.J, a.B})) {
-      return invalid("int8 pages need float32 scales [P, J, B] of keys and of values");
+      return invalid("pages of 8 bits need float32 scales [P, J, B] of keys and of values");
     }
     *of = static_cast<float*>(scales->untyped_data());
   }
@@ -369,7 +372,7 @@ ffi::Error paged_attention_update(ffi::ThreadPool pool, float scale, int64_t win
     }
   }
   const void* cache[] = {a.keys, a.values, a.key_scales, a.value_scales};
-  if (rets.size() != (a.cache_type == Element::kInt8 ? 4 : 2)) {
+  if (rets.size() != (a.scaled() ? 4 : 2)) {
     return invalid("the results must be the output and the cache");
   }
   for (size_t i = 0; i < rets.size(); ++i) {

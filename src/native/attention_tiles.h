@@ -7,6 +7,7 @@
 #endif
 
 #include "attention.h"
+#include "functions.h"
 #include "vector.h"
 
 namespace tenfold {
@@ -43,8 +44,40 @@ struct BF16 : Stored<uint16_t, 2> {
   static F32x16 widen(U32x16 words, int i) { return bit_cast<F32x16>(i ? words & 0xffff0000u : words << 16); }
 };
 
+// Elements of 8 bits are codes, which the scale of their token and head multiplies; its largest one is kLargest.
 struct Int8 : Stored<int8_t, 4> {
+  static constexpr float kLargest = 127;
+  static int8_t code(float x) { return static_cast<int8_t>(static_cast<int32_t>(x + kRounder - kRounder)); }
   static F32x16 widen(U32x16 words, int i) { return to_float(bit_cast<I32x16>(words << (24 - 8 * i)) >> 24); }
+};
+
+// e4m3fn: 4 bits of exponent, 3 of mantissa, no infinity. What it calls NaN, which is never written, reads as ±480: a
+// weight of 0 removes that.
+struct Fp8 : Stored<uint8_t, 4> {
+  static constexpr float kLargest = 448;
+  static constexpr float kNormal = 0.015625f;  // the smallest that is not subnormal, 2^-6
+  static constexpr uint32_t kBias = 127 - 7;   // of a float's exponent over a code's
+
+  static uint8_t code(float x) {
+    const float magnitude = __builtin_fabsf(x);
+    const uint32_t sign = bit_cast<uint32_t>(x) >> 24 & 0x80;
+    // Steps of 2^-9 below the smallest normal number, and above it 3 bits of mantissa, rounded to even.
+    uint32_t code = static_cast<uint32_t>(magnitude * 512 + kRounder - kRounder);
+    if (magnitude >= kNormal) {
+      const uint32_t bits = bit_cast<uint32_t>(magnitude);
+      code = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (kBias << 3);
+    }
+    return static_cast<uint8_t>(sign | code);
+  }
+
+  static F32x16 widen(U32x16 words, int i) {
+    const U32x16 code = words << (24 - 8 * i), bits = (code & 0x7f000000u) >> 4;
+    // Right for normal numbers, and for subnormal ones; for the others each is the larger.
+    const F32x16 normal = bit_cast<F32x16>(bits + (kBias << 23));
+    const F32x16 subnormal = bit_cast<F32x16>(bits + ((kBias + 1) << 23)) - kNormal;
+    const F32x16 magnitude = select(normal < subnormal, normal, subnormal);
+    return bit_cast<F32x16>(bit_cast<U32x16>(magnitude) | (code & 0x80000000u));
+  }
 };
 
 // float32, whatever the cache holds.

@@ -39,12 +39,9 @@ void put_slots(const typename Q::Type* from, int64_t ld_from, int64_t count, int
         peak = magnitude > peak ? magnitude : peak;
         nan += magnitude * 0.0f;
       }
-      const float inverse = peak > 1e-30f && nan == 0 ? 127.0f / peak : 0;
-      for (int64_t d = 0; d < K; ++d) {
-        const float code = inverse > 0 ? read(i, d) * inverse + kRounder - kRounder : 0.0f;
-        to[place(d, i)] = static_cast<int8_t>(static_cast<int32_t>(code));
-      }
-      scales[i] = peak / 127.0f + nan;
+      const float inverse = peak > 1e-30f && nan == 0 ? C::kLargest / peak : 0;
+      for (int64_t d = 0; d < K; ++d) to[place(d, i)] = C::code(inverse > 0 ? read(i, d) * inverse : 0.0f);
+      scales[i] = peak / C::kLargest + nan;
     }
   } else {
     for (int64_t d = 0; d < K; ++d)
@@ -77,6 +74,7 @@ void write_as(const Attention& a, const NewTokens& n) {
 template <class Q>
 void write_from(const Attention& a, const NewTokens& n) {
   if (a.cache_type == Element::kInt8) return write_as<Q, Int8>(a, n);
+  if (a.cache_type == Element::kFp8) return write_as<Q, Fp8>(a, n);
   if (a.cache_type == Element::kBF16) return write_as<Q, BF16>(a, n);
   write_as<Q, F32>(a, n);
 }

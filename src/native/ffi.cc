@@ -29,44 +29,81 @@ T* scratch(size_t size) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A weight and where its product goes.
+// A weight, or one of each group, and where its product goes.
 struct Product {
   const uint8_t* data;
   const float* scales;
   const float* mins;
   ffi::AnyBuffer out;
   int64_t columns;
+  int64_t panels;  // of one group
   int64_t panel_bytes;
   int64_t panel_scales;  // floats
   int64_t first;         // of its panels, counted over all weights of the call
 };
 
+// Rows of one group, which share its weights.
+struct Rows {
+  int64_t group;
+  int64_t first;
+  int64_t count;
+};
+
+// The rows of a call, cut into parts of at most `kRows`. Without group sizes, all are of one group.
+struct Parts {
+  std::vector<Rows> rows;
+  int64_t groups = 1;
+  int64_t most = 1;  // rows of a part
+
+  void add(int64_t group, int64_t first, int64_t count) {
+    const int64_t parts = ceil_div(count, kRows), each = parts ? ceil_div(count, parts) : 1;
+    for (int64_t row = 0; row < count; row += each) {
+      rows.push_back({group, first + row, std::min(each, count - row)});
+      most = std::max(most, rows.back().count);
+    }
+  }
+};
+
 ffi::Error invalid(const char* what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, what); }
 
-// Cuts all panels of a call, times its rows, into tasks, and runs `compute(product, panel, row, rows, acc)` for each.
+// Reads how many rows each group has: int32, of all rows together M.
+ffi::Error read_groups(const ffi::AnyBuffer& sizes, int64_t M, Parts& parts) {
+  if (sizes.element_type() != ffi::S32 || sizes.dimensions().size() != 1) return invalid("group sizes must be int32 [E]");
+  parts.groups = sizes.dimensions()[0];
+  int64_t first = 0;
+  for (int64_t group = 0; group < parts.groups; ++group) {
+    const int64_t count = static_cast<const int32_t*>(sizes.untyped_data())[group];
+    if (count < 0 || count > M - first) return invalid("group sizes must add up to the rows");
+    parts.add(group, first, count);
+    first += count;
+  }
+  return first == M ? ffi::Error::Success() : invalid("group sizes must add up to the rows");
+}
+
+// Cuts all panels of a call, times the parts of its rows, into tasks, and runs `compute(product, panel, rows, acc)` for
+// each; the panel is counted over the groups.
 template <typename Compute>
-void run_products(ffi::ThreadPool& pool, const std::vector<Product>& products, int64_t M, const Compute& compute) {
+void run_products(ffi::ThreadPool& pool, const std::vector<Product>& products, const Parts& parts,
+                  const Compute& compute) {
   const Kernels& k = kernels();
-  int64_t panels = 0;
-  for (const Product& p : products) panels += ceil_div(p.columns, kPanel);
-  const int64_t per_task = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, products[0].panel_bytes * M));
-  const int64_t parts = ceil_div(M, kRows), rows = ceil_div(M, parts);
-  const int64_t tasks = ceil_div(panels, per_task);
-  parallel_for(pool, tasks * parts, [&](int64_t task) {
-    const int64_t first = task / parts * per_task, row = task % parts * rows;
-    const int64_t count = std::min(rows, M - row);
-    float* acc = scratch<float>(static_cast<size_t>(rows * kPanel));
+  const int64_t panels = products.back().first + products.back().panels;
+  const int64_t task_bytes = std::max<int64_t>(1, products[0].panel_bytes * parts.most);
+  const int64_t per_task = std::max<int64_t>(1, kTaskBytes / task_bytes), count_parts = static_cast<int64_t>(parts.rows.size());
+  parallel_for(pool, ceil_div(panels, per_task) * count_parts, [&](int64_t task) {
+    const int64_t first = task / count_parts * per_task;
+    const Rows& rows = parts.rows[static_cast<size_t>(task % count_parts)];
+    float* acc = scratch<float>(static_cast<size_t>(parts.most * kPanel));
     for (int64_t panel = first; panel < std::min(first + per_task, panels); ++panel) {
       const Product& p = *std::find_if(products.rbegin(), products.rend(),
                                        [panel](const Product& each) { return each.first <= panel; });
       const int64_t at = panel - p.first, column = at * kPanel;
-      compute(p, at, row, count, acc);
+      compute(p, rows.group * p.panels + at, rows, acc);
       const int64_t columns = std::min(kPanel, p.columns - column);
       void* base = p.out.untyped_data();
       if (p.out.element_type() == ffi::F32) {
-        k.store_f32(acc, count, columns, static_cast<float*>(base) + row * p.columns + column, p.columns);
+        k.store_f32(acc, rows.count, columns, static_cast<float*>(base) + rows.first * p.columns + column, p.columns);
       } else {
-        k.store_bf16(acc, count, columns, static_cast<uint16_t*>(base) + row * p.columns + column, p.columns);
+        k.store_bf16(acc, rows.count, columns, static_cast<uint16_t*>(base) + rows.first * p.columns + column, p.columns);
       }
     }
   });
@@ -75,7 +112,7 @@ void run_products(ffi::ThreadPool& pool, const std::vector<Product>& products, i
 bool is_float(ffi::DataType type) { return type == ffi::F32 || type == ffi::BF16; }
 
 // Outputs, one for each weight, in `products`; `per_weight` arguments belong to each.
-ffi::Error collect(ffi::RemainingArgs& args, ffi::RemainingRets& rets, int64_t M, size_t per_weight,
+ffi::Error collect(ffi::RemainingArgs& args, ffi::RemainingRets& rets, int64_t M, int64_t groups, size_t per_weight,
                    std::vector<Product>& products) {
   if (rets.size() == 0 || args.size() != rets.size() * per_weight) return invalid("a product has no output or weight");
   int64_t first = 0;
@@ -86,14 +123,17 @@ ffi::Error collect(ffi::RemainingArgs& args, ffi::RemainingRets& rets, int64_t M
     const auto dims = (*out)->dimensions();
     if (dims.size() != 2 || dims[0] != M || !is_float((*out)->element_type())) return invalid("a product's output does not match");
     const int64_t panels = ceil_div(dims[1], kPanel);
-    if (panels == 0 || weight->size_bytes() % panels) return invalid("a weight does not have its output's panels");
-    Product p{static_cast<const uint8_t*>(weight->untyped_data()), nullptr, nullptr, **out, dims[1],
-              static_cast<int64_t>(weight->size_bytes()) / panels, 0, first};
+    const int64_t all = panels * groups;
+    if (all == 0 || static_cast<int64_t>(weight->size_bytes()) % all) {
+      return invalid("a weight does not have its output's panels");
+    }
+    Product p{static_cast<const uint8_t*>(weight->untyped_data()), nullptr, nullptr, **out, dims[1], panels,
+              static_cast<int64_t>(weight->size_bytes()) / all, 0, first};
     for (size_t extra = 1; extra < per_weight; ++extra) {
       auto scales = args.get<ffi::AnyBuffer>(i * per_weight + extra);
       if (!scales.has_value() || scales->element_type() != ffi::F32) return invalid("scales must be float32");
       (extra == 1 ? p.scales : p.mins) = scales->typed_data<float>();
-      const int64_t floats = static_cast<int64_t>(scales->element_count()) / panels;
+      const int64_t floats = static_cast<int64_t>(scales->element_count()) / all;
       if (extra == 2 && floats != p.panel_scales) return invalid("there must be as many mins as scales");
       p.panel_scales = floats;
     }
@@ -103,11 +143,22 @@ ffi::Error collect(ffi::RemainingArgs& args, ffi::RemainingRets& rets, int64_t M
   return ffi::Error::Success();
 }
 
-ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+// The parts of x's rows, which are those of `sizes` where there are groups.
+ffi::Error read_rows(const ffi::AnyBuffer& x, const ffi::AnyBuffer* sizes, Parts& parts) {
   if (x.dimensions().size() != 2 || !is_float(x.element_type())) return invalid("x must be a matrix of floats");
+  const int64_t M = x.dimensions()[0];
+  if (sizes) return read_groups(*sizes, M, parts);
+  parts.add(0, 0, M);
+  return ffi::Error::Success();
+}
+
+ffi::Error multiply(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer* sizes,
+                    ffi::RemainingArgs& args, ffi::RemainingRets& rets) {
+  Parts parts;
+  if (auto error = read_rows(x, sizes, parts); error.failure()) return error;
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
   std::vector<Product> products;
-  if (auto error = collect(args, rets, M, 1, products); error.failure()) return error;
+  if (auto error = collect(args, rets, M, parts.groups, 1, products); error.failure()) return error;
   const bool wide_x = x.element_type() == ffi::F32;
   const int64_t narrow = (K + K % 2) * kPanel * 2, wide = K * kPanel * 4;
   const bool wide_weights = args.get<ffi::AnyBuffer>(0)->element_type() == ffi::F32;
@@ -119,29 +170,39 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arg
     if (products[i].panel_bytes != (wide_weights ? wide : narrow)) return invalid("a weight's panels have the wrong size");
   }
   const Kernels& k = kernels();
-  run_products(pool, products, M, [&](const Product& p, int64_t panel, int64_t row, int64_t rows, float* acc) {
+  run_products(pool, products, parts, [&](const Product& p, int64_t panel, const Rows& rows, float* acc) {
     const uint8_t* w = p.data + panel * p.panel_bytes;
     if (!wide_x) {
-      const uint16_t* from = static_cast<const uint16_t*>(x.untyped_data()) + row * K;
-      k.product_bf16(from, K, rows, K, reinterpret_cast<const uint16_t*>(w), acc);
+      const uint16_t* from = static_cast<const uint16_t*>(x.untyped_data()) + rows.first * K;
+      k.product_bf16(from, K, rows.count, K, reinterpret_cast<const uint16_t*>(w), acc);
     } else if (wide_weights) {
-      const float* from = static_cast<const float*>(x.untyped_data()) + row * K;
-      k.product_f32(from, K, rows, K, reinterpret_cast<const float*>(w), acc);
+      const float* from = static_cast<const float*>(x.untyped_data()) + rows.first * K;
+      k.product_f32(from, K, rows.count, K, reinterpret_cast<const float*>(w), acc);
     } else {
-      const float* from = static_cast<const float*>(x.untyped_data()) + row * K;
-      k.product_f32_bf16(from, K, rows, K, reinterpret_cast<const uint16_t*>(w), acc);
+      const float* from = static_cast<const float*>(x.untyped_data()) + rows.first * K;
+      k.product_f32_bf16(from, K, rows.count, K, reinterpret_cast<const uint16_t*>(w), acc);
     }
   });
   return ffi::Error::Success();
 }
 
-ffi::Error matmul_quantized(ffi::ThreadPool pool, int64_t bits, int64_t group, int64_t zero, bool affine,
-                            ffi::AnyBuffer x, ffi::RemainingArgs args, ffi::RemainingRets rets) {
-  if (x.dimensions().size() != 2 || !is_float(x.element_type())) return invalid("x must be a matrix of floats");
+// How the weights of a call are quantised.
+struct Format {
+  int64_t bits;
+  int64_t group;
+  int64_t zero;
+  bool affine;
+};
+
+ffi::Error multiply_quantized(ffi::ThreadPool& pool, const Format& format, const ffi::AnyBuffer& x,
+                              const ffi::AnyBuffer* sizes, ffi::RemainingArgs& args, ffi::RemainingRets& rets) {
+  const auto [bits, group, zero, affine] = format;
   if ((bits != 4 && bits != 8) || group <= 0 || group % 8) return invalid("the weights' format is unknown");
+  Parts parts;
+  if (auto error = read_rows(x, sizes, parts); error.failure()) return error;
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
   std::vector<Product> products;
-  if (auto error = collect(args, rets, M, affine ? 3 : 2, products); error.failure()) return error;
+  if (auto error = collect(args, rets, M, parts.groups, affine ? 3 : 2, products); error.failure()) return error;
   // Activations share a scale with at most 128 neighbours, within one group of weights.
   const int64_t shared = std::min<int64_t>(group, 128);
   if (group % shared) return invalid("a group above 128 must be a multiple of 128");
@@ -166,14 +227,38 @@ ffi::Error matmul_quantized(ffi::ThreadPool pool, int64_t bits, int64_t group, i
       }
     }
   });
-  run_products(pool, products, M, [&](const Product& p, int64_t panel, int64_t row, int64_t rows, float* acc) {
+  run_products(pool, products, parts, [&](const Product& p, int64_t panel, const Rows& rows, float* acc) {
+    const int64_t row = rows.first;
     const QuantizedRows from{codes + row * inputs, scales.data() + row * groups, sums.data() + row * groups, shared};
     const QuantizedPanel to{p.data + panel * p.panel_bytes, p.scales + panel * p.panel_scales,
-                            affine ? p.mins + panel * p.panel_scales : nullptr, group, static_cast<int32_t>(zero),
-                            static_cast<int>(bits)};
-    k.product_quantized(from, rows, inputs, to, acc);
+                            format.affine ? p.mins + panel * p.panel_scales : nullptr, format.group,
+                            static_cast<int32_t>(format.zero), static_cast<int>(format.bits)};
+    k.product_quantized(from, rows.count, inputs, to, acc);
   });
   return ffi::Error::Success();
+}
+
+// --- handlers --------------------------------------------------------------------------------------------------------
+
+ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  return multiply(pool, x, nullptr, args, rets);
+}
+
+// Rows that are sorted by group, times the weights of their groups.
+ffi::Error grouped_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer sizes, ffi::RemainingArgs args,
+                          ffi::RemainingRets rets) {
+  return multiply(pool, x, &sizes, args, rets);
+}
+
+ffi::Error matmul_quantized(ffi::ThreadPool pool, int64_t bits, int64_t group, int64_t zero, bool affine,
+                            ffi::AnyBuffer x, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  return multiply_quantized(pool, {bits, group, zero, affine}, x, nullptr, args, rets);
+}
+
+ffi::Error grouped_matmul_quantized(ffi::ThreadPool pool, int64_t bits, int64_t group, int64_t zero, bool affine,
+                                    ffi::AnyBuffer x, ffi::AnyBuffer sizes, ffi::RemainingArgs args,
+                                    ffi::RemainingRets rets) {
+  return multiply_quantized(pool, {bits, group, zero, affine}, x, &sizes, args, rets);
 }
 
 constexpr int64_t kNormTask = 4096;  // values that one task normalises at least
@@ -253,6 +338,8 @@ ffi::Error layer_norm(ffi::ThreadPool pool, float eps, ffi::AnyBuffer x, ffi::An
 
 TENFOLD_PUBLIC XLA_FFI_Error* tenfold_matmul(XLA_FFI_CallFrame*);
 TENFOLD_PUBLIC XLA_FFI_Error* tenfold_matmul_quantized(XLA_FFI_CallFrame*);
+TENFOLD_PUBLIC XLA_FFI_Error* tenfold_grouped_matmul(XLA_FFI_CallFrame*);
+TENFOLD_PUBLIC XLA_FFI_Error* tenfold_grouped_matmul_quantized(XLA_FFI_CallFrame*);
 TENFOLD_PUBLIC XLA_FFI_Error* tenfold_rms_norm(XLA_FFI_CallFrame*);
 TENFOLD_PUBLIC XLA_FFI_Error* tenfold_layer_norm(XLA_FFI_CallFrame*);
 
@@ -267,6 +354,26 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tenfold_matmul_quantized, tenfold::matmul_quantize
                                   .Attr<int64_t>("group")
                                   .Attr<int64_t>("zero")
                                   .Attr<bool>("affine")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tenfold_grouped_matmul, tenfold::grouped_matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tenfold_grouped_matmul_quantized, tenfold::grouped_matmul_quantized,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("zero")
+                                  .Attr<bool>("affine")
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .RemainingRets());

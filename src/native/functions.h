@@ -26,10 +26,14 @@ inline F32x16 exp2(F32x16 x) {
   const F32x16 p = polynomial(
       r, {1.53533620e-4f, 1.33988750e-3f, 9.61843692e-3f, 5.55033237e-2f, 2.40226477e-1f, 6.93147182e-1f, 1.0f});
   const I32x16 power = (bit_cast<I32x16>(shifted) << 23) + (127 << 23);
-  return x < -126.0f ? F32x16{} : p * bit_cast<F32x16>(power);
+  return select(x < -126.0f, F32x16{}, p * bit_cast<F32x16>(power));
 }
 
-inline float exp2(float x) { return exp2(splat(x))[0]; }
+inline float exp2(float x) {
+  float s[kLanes];
+  store(s, exp2(splat(x)));
+  return s[0];
+}
 
 // Small arguments by an odd minimax polynomial, where (1 - e) / (1 + e) would cancel.
 inline F32x16 tanh(F32x16 y) {
@@ -39,7 +43,7 @@ inline F32x16 tanh(F32x16 y) {
       polynomial(z, {-5.89508796e-3f, 2.07959171e-2f, -5.37838154e-2f, 1.33319244e-1f, -3.33332986e-1f});
   const F32x16 small = fma(magnitude, z * p, magnitude);
   const F32x16 e = exp2(magnitude * (-2.0f * kLog2e));
-  const F32x16 result = magnitude < 0.6f ? small : (1.0f - e) / (1.0f + e);
+  const F32x16 result = select(magnitude < 0.6f, small, (1.0f - e) / (1.0f + e));
   return bit_cast<F32x16>(bit_cast<I32x16>(result) | sign);
 }
 
@@ -49,6 +53,13 @@ inline float sum(F32x16 v) {
   for (int n = kLanes / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) s[i] += s[i + n];
   return s[0];
+}
+
+inline int32_t sum(I32x16 v) {
+  int32_t s[kLanes], total = 0;
+  store(s, v);
+  for (const int32_t each : s) total += each;
+  return total;
 }
 
 inline float largest(F32x16 v) {

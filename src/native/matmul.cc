@@ -1,4 +1,5 @@
 // The inner loops of matrix products; compiled once per instruction set.
+#include "functions.h"
 #include "kernels.h"
 #include "vector.h"
 
@@ -27,8 +28,9 @@ inline F32x16 dot_bf16(F32x16 acc, U32x16 w, uint32_t x) {
 #if defined(__AVX512BF16__)
   return (F32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), (__m512bh)w);
 #else
-  acc = fma(splat(bit_cast<float>(x << 16)), bit_cast<F32x16>(w << 16), acc);
-  return fma(splat(bit_cast<float>(x & 0xffff0000u)), bit_cast<F32x16>(w & 0xffff0000u), acc);
+  const U32x16 pair = U32x16{} + x;  // taken apart in the vector: shorter than two broadcasts of parts
+  acc = fma(bit_cast<F32x16>(pair << 16), bit_cast<F32x16>(w << 16), acc);
+  return fma(bit_cast<F32x16>(pair & 0xffff0000u), bit_cast<F32x16>(w & 0xffff0000u), acc);
 #endif
 }
 
@@ -36,21 +38,6 @@ inline F32x16 dot_bf16(F32x16 acc, U32x16 w, uint32_t x) {
 inline I32x16 dot_int8(I32x16 acc, U32x16 w, int32_t x) {
 #if defined(__AVX512VNNI__)
   return (I32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
-#elif defined(__AVX2__)
-  // Two of four codes at a time as 16-bit words, whose products cannot overflow 32 bits.
-  const int even = static_cast<int>(static_cast<uint16_t>(static_cast<int8_t>(x)) |
-                                    (static_cast<uint32_t>(static_cast<int8_t>(x >> 16)) << 16));
-  const int odd = static_cast<int>(static_cast<uint16_t>(static_cast<int8_t>(x >> 8)) |
-                                   (static_cast<uint32_t>(static_cast<int8_t>(x >> 24)) << 16));
-  union { U32x16 whole; __m256i half[2]; } in{w};
-  union { I32x16 whole; __m256i half[2]; } sum{acc};
-  for (int i = 0; i < 2; ++i) {
-    const __m256i low = _mm256_and_si256(in.half[i], _mm256_set1_epi32(0x00ff00ff));
-    const __m256i high = _mm256_srli_epi16(in.half[i], 8);
-    sum.half[i] = _mm256_add_epi32(sum.half[i], _mm256_madd_epi16(low, _mm256_set1_epi32(even)));
-    sum.half[i] = _mm256_add_epi32(sum.half[i], _mm256_madd_epi16(high, _mm256_set1_epi32(odd)));
-  }
-  return sum.whole;
 #else
   for (int i = 0; i < 4; ++i) {
     acc += bit_cast<I32x16>((w >> (8 * i)) & 0xffu) * static_cast<int32_t>(static_cast<int8_t>(x >> (8 * i)));
@@ -123,10 +110,99 @@ void tile_bf16(const uint16_t* x, int64_t ldx, int64_t K, const uint16_t* w, flo
     for (int v = 0; v < NV; ++v) store(acc + m * kPanel + v * kLanes, c[m][v]);
 }
 
-// One group of `group` inputs: acc += x's scale · (weights' scale · Σ codes − min · Σ x).
-template <int MR, int NV>
-void tile_int8(const int8_t* x, int64_t ldx, const float* x_scales, const int32_t* x_sums, int64_t ld_groups,
-               int64_t group, const uint8_t* w, const float* scales, const float* mins, int32_t zero, float* acc) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+constexpr bool kSumsNibbles = true;
+
+// c[m] += Σ over a group of codes times x, for 16 columns.
+//
+// Codes are taken in halves of 4 bits, whose products with x, two and two, can be added up eight times in 16 bits:
+// 8 · 2 · 15 · 127 < 2^15. So there are two instructions for 32 products of 4 bits, and four for those of 8.
+template <int MR, int kBits>
+void sum_codes(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I32x16 (&c)[MR][1]) {
+  constexpr int kParts = 8 / kBits, kInputs = 4 * kParts;  // inputs of one 32-bit lane
+  constexpr int kHalves = MR <= 3 ? 2 : 1;                 // of the columns, at a time: what registers hold
+  const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
+  for (int64_t begin = 0; begin < group; begin += 32) {
+    const int64_t end = begin + 32 < group ? begin + 32 : group;
+#pragma GCC unroll 2
+    for (int first = 0; first < 2; first += kHalves) {
+      __m256i lows[MR][kHalves], highs[MR][kHalves];
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+        for (int h = 0; h < kHalves; ++h) lows[m][h] = highs[m][h] = _mm256_setzero_si256();
+      for (int64_t k = begin; k < end; k += kInputs) {
+        __m256i a[kHalves], b[kHalves];
+#pragma GCC unroll 2
+        for (int h = 0; h < kHalves; ++h) {
+          const uint8_t* at = w + k / kParts * kPanel + 32 * (first + h);
+          const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+          prefetch(at);
+          a[h] = _mm256_and_si256(both, low);
+          b[h] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) {
+          int32_t four[kParts];
+          std::memcpy(four, x + m * ldx + k, sizeof(four));
+          const __m256i of_a = _mm256_set1_epi32(four[0]), of_b = _mm256_set1_epi32(four[kParts - 1]);
+#pragma GCC unroll 2
+          for (int h = 0; h < kHalves; ++h) {
+            lows[m][h] = _mm256_add_epi16(lows[m][h], _mm256_maddubs_epi16(a[h], of_a));
+            __m256i& other = kBits == 4 ? lows[m][h] : highs[m][h];
+            other = _mm256_add_epi16(other, _mm256_maddubs_epi16(b[h], of_b));
+            // Compilers begin all products at once, for which there are too few registers; row by row there are enough.
+            asm volatile("" : "+x"(lows[m][h]), "+x"(other));
+          }
+        }
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 2
+        for (int h = 0; h < kHalves; ++h) {
+          auto& sum = first + h ? c[m][0].hi : c[m][0].lo;
+          sum += (decltype(c[m][0].lo))_mm256_madd_epi16(lows[m][h], ones);
+          if (kBits == 8) sum += (decltype(c[m][0].lo))_mm256_madd_epi16(highs[m][h], sixteen);
+        }
+      }
+    }
+  }
+}
+#else
+constexpr bool kSumsNibbles = false;
+
+// c[m][v] += Σ over a group of codes times x.
+template <int MR, int kBits, int NV>
+void sum_codes(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I32x16 (&c)[MR][NV]) {
+  constexpr int kParts = 8 / kBits;  // codes of a byte
+  for (int64_t k = 0; k < group; k += 4 * kParts) {
+    U32x16 b[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      b[v] = load<U32x16>(w + k / kParts * kPanel + 4 * v * kLanes);
+      prefetch(w + k / kParts * kPanel + 4 * v * kLanes);
+    }
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      U32x16 codes[NV];
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) codes[v] = kParts == 1 ? b[v] : (b[v] >> (4 * part)) & 0x0f0f0f0fu;
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+        int32_t a;
+        std::memcpy(&a, x + m * ldx + k + 4 * part, sizeof(a));
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) c[m][v] = dot_int8(c[m][v], codes[v], a);
+      }
+    }
+  }
+}
+#endif
+
+// One group of `group` inputs: acc += x's scale · (weights' scale · Σ codes − min · Σ x). The codes have 8 bits, or 4.
+template <int MR, int NV, int kBits>
+void tile_codes(const int8_t* x, int64_t ldx, const float* x_scales, const int32_t* x_sums, int64_t ld_groups,
+                int64_t group, const uint8_t* w, const float* scales, const float* mins, int32_t zero, float* acc) {
   I32x16 c[MR][NV];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
@@ -134,21 +210,7 @@ void tile_int8(const int8_t* x, int64_t ldx, const float* x_scales, const int32_
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) c[m][v] = I32x16{} + start;
   }
-  for (int64_t k = 0; k < group; k += 4) {
-    U32x16 b[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) {
-      b[v] = load<U32x16>(w + k * kPanel + 4 * v * kLanes);
-      prefetch(w + k * kPanel + 4 * v * kLanes);
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-      int32_t a;
-      std::memcpy(&a, x + m * ldx + k, sizeof(a));
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) c[m][v] = dot_int8(c[m][v], b[v], a);
-    }
-  }
+  sum_codes<MR, kBits>(x, ldx, group, w, c);
 #pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) {
     const F32x16 scale = load<F32x16>(scales + v * kLanes);
@@ -204,22 +266,13 @@ void product_f32(const float* x, int64_t ldx, int64_t M, int64_t K, const float*
   }
 }
 
-void product_bf16(const uint16_t* x, int64_t ldx, int64_t M, int64_t K, const uint16_t* panel, float* acc) {
-  clear(acc, M);
-  for (int64_t k = 0; k < K; k += kInputs) {
-    const int64_t part = K - k < kInputs ? K - k : kInputs;
-    for_tiles(M, [&]<int MR>(int64_t m) {
-      for_columns([&](int64_t column) {
-        tile_bf16<MR, kVectors>(x + m * ldx + k, ldx, part, panel + k * kPanel + 2 * column,
-                                acc + m * kPanel + column);
-      });
-    });
-  }
-}
-
-void product_f32_bf16(const float* x, int64_t ldx, int64_t M, int64_t K, const uint16_t* panel, float* acc) {
-  constexpr int64_t kPart = 128;  // inputs whose weights are widened at a time, into the first-level cache
+// Weights in bfloat16 by arithmetic in float32: both are widened, some at a time, into the first-level cache.
+template <typename T>
+void product_widened(const T* x, int64_t ldx, int64_t M, int64_t K, const uint16_t* panel, float* acc) {
+  constexpr bool kNarrowRows = sizeof(T) == 2;
+  constexpr int64_t kPart = 128, kRows = 2 * kMaxRows;  // inputs and rows at a time
   alignas(64) float wide[kPart * kPanel];
+  alignas(64) float rows[kNarrowRows ? kRows * kPart : 1];
   clear(acc, M);
   for (int64_t k = 0; k < K; k += kPart) {
     const int64_t part = K - k < kPart ? K - k : kPart;
@@ -232,9 +285,37 @@ void product_f32_bf16(const float* x, int64_t ldx, int64_t M, int64_t K, const u
         store(wide + (i + 1) * kPanel + column, pair & 0xffff0000u);
       }
     }
+    const auto add = [&](const float* from, int64_t ld, int64_t count, float* to) {
+      for_tiles(count, [&]<int MR>(int64_t m) {
+        for_columns([&](int64_t column) {
+          tile_f32<MR, kVectors>(from + m * ld, ld, part, wide + column, to + m * kPanel + column);
+        });
+      });
+    };
+    if constexpr (kNarrowRows) {
+      for (int64_t m = 0; m < M; m += kRows) {
+        const int64_t count = M - m < kRows ? M - m : kRows;
+        for (int64_t r = 0; r < count; ++r)
+          for (int64_t i = 0; i < part; ++i) rows[r * kPart + i] = bf16_to_float(x[(m + r) * ldx + k + i]);
+        add(rows, kPart, count, acc + m * kPanel);
+      }
+    } else {
+      add(x + k, ldx, M, acc);
+    }
+  }
+}
+
+void product_bf16(const uint16_t* x, int64_t ldx, int64_t M, int64_t K, const uint16_t* panel, float* acc) {
+#if !defined(__AVX512BF16__)
+  if (M > kMaxRows) return product_widened(x, ldx, M, K, panel, acc);
+#endif
+  clear(acc, M);
+  for (int64_t k = 0; k < K; k += kInputs) {
+    const int64_t part = K - k < kInputs ? K - k : kInputs;
     for_tiles(M, [&]<int MR>(int64_t m) {
       for_columns([&](int64_t column) {
-        tile_f32<MR, kVectors>(x + m * ldx + k, ldx, part, wide + column, acc + m * kPanel + column);
+        tile_bf16<MR, kVectors>(x + m * ldx + k, ldx, part, panel + k * kPanel + 2 * column,
+                                acc + m * kPanel + column);
       });
     });
   }
@@ -260,51 +341,61 @@ void product_quantized(const QuantizedRows& x, int64_t M, int64_t K, const Quant
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t k = g * x.group;
     const int64_t of = k / panel.group * kPanel;  // the weights' group
-    const uint8_t* w = panel.codes + k * kPanel;
-    if (panel.bits == 4) {
-      widen_int4(panel.codes + k / 2 * kPanel, x.group, wide);
-      w = wide;
-    }
-    for_tiles(M, [&]<int MR>(int64_t m) {
-      for_columns([&](int64_t column) {
-        tile_int8<MR, kVectors>(x.codes + m * K + k, K, x.scales + m * groups + g, x.sums + m * groups + g, groups,
-                                x.group, w + 4 * column, panel.scales + of + column,
-                                panel.mins ? panel.mins + of + column : nullptr, panel.zero,
-                                acc + m * kPanel + column);
+    const auto add = [&]<int kBits>(const uint8_t* codes) {
+      for_tiles(M, [&]<int MR>(int64_t m) {
+        for_columns([&](int64_t column) {
+          tile_codes<MR, kVectors, kBits>(x.codes + m * K + k, K, x.scales + m * groups + g, x.sums + m * groups + g,
+                                          groups, x.group, codes + 4 * column, panel.scales + of + column,
+                                          panel.mins ? panel.mins + of + column : nullptr, panel.zero,
+                                          acc + m * kPanel + column);
+        });
       });
-    });
+    };
+    if (panel.bits == 8) {
+      add.template operator()<8>(panel.codes + k * kPanel);
+    } else if (kSumsNibbles || M <= kMaxRows) {  // one tile: each code is used once after it is taken apart
+      add.template operator()<4>(panel.codes + k / 2 * kPanel);
+    } else {
+      widen_int4(panel.codes + k / 2 * kPanel, x.group, wide);
+      add.template operator()<8>(wide);
+    }
   }
 }
 
 // --- activations and outputs -----------------------------------------------------------------------------------------
 
-inline float widen(float x) { return x; }
-inline float widen(uint16_t x) { return bf16_to_float(x); }
-
 template <typename T>
 void quantize(const T* x, int64_t K, int64_t group, int8_t* codes, float* scales, int32_t* sums) {
-  const int64_t padded = (K + group - 1) / group * group;
+  F32x16 values[128 / kLanes];  // of one group; 0 where there are no inputs
+  const int64_t padded = (K + group - 1) / group * group, vectors = (group + kLanes - 1) / kLanes;
   for (int64_t start = 0; start < padded; start += group) {
-    const int64_t end = start + group < K ? start + group : K;
-    float peak = 0;
-    for (int64_t k = start; k < end; ++k) {
-      const float magnitude = __builtin_fabsf(widen(x[k]));
-      peak = magnitude > peak ? magnitude : peak;
+    const int64_t count = start + group < K ? group : K - start;
+    F32x16 peaks{}, finite{};
+    for (int64_t i = 0; i < vectors; ++i) {
+      T part[kLanes] = {};
+      const int64_t left = count - i * kLanes;
+      if (left < kLanes && left > 0) std::memcpy(part, x + start + i * kLanes, static_cast<size_t>(left) * sizeof(T));
+      values[i] = widen(left < kLanes ? part : x + start + i * kLanes);
+      const F32x16 magnitudes = bit_cast<F32x16>(bit_cast<U32x16>(values[i]) & 0x7fffffffu);
+      peaks = select(magnitudes > peaks, magnitudes, peaks);
+      finite += values[i] * 0.0f;
     }
     // What is not finite must not become a harmless number: a scale of NaN makes the outputs NaN.
-    float finite = 0;
-    for (int64_t k = start; k < end; ++k) finite += widen(x[k]) * 0.0f;
-    const float inverse = peak > 0 && finite == 0 ? 127.0f / peak : 0;
-    int32_t sum = 0;
-    for (int64_t k = start; k < end; ++k) {
-      const float scaled = widen(x[k]) * inverse;
-      const int32_t code = static_cast<int32_t>(inverse > 0 ? scaled + __builtin_copysignf(0.5f, scaled) : 0.0f);
-      codes[k] = static_cast<int8_t>(code);
-      sum += code;
+    const float peak = largest(peaks), broken = sum(finite);
+    const float inverse = peak > 0 && broken == 0 ? 127.0f / peak : 0;
+    I32x16 total{};
+    for (int64_t i = 0; i < vectors; ++i) {
+      const F32x16 scaled = values[i] * inverse;
+      const F32x16 half = bit_cast<F32x16>((bit_cast<U32x16>(scaled) & 0x80000000u) | 0x3f000000u);
+      const I32x16 rounded = inverse > 0 ? convert<I32x16>(scaled + half) : I32x16{};
+      int8_t narrow[kLanes];
+      store_narrow(narrow, rounded);
+      const int64_t left = group - i * kLanes;
+      std::memcpy(codes + start + i * kLanes, narrow, static_cast<size_t>(left < kLanes ? left : kLanes));
+      total += rounded;
     }
-    for (int64_t k = end; k < start + group; ++k) codes[k] = 0;
-    scales[start / group] = peak / 127.0f + finite;
-    sums[start / group] = sum;
+    scales[start / group] = peak / 127.0f + broken;
+    sums[start / group] = sum(total);
   }
 }
 
@@ -329,7 +420,7 @@ const Kernels TENFOLD_JOIN(TENFOLD_INSTRUCTION_SET, _kernels) = {
     TENFOLD_STRING(TENFOLD_INSTRUCTION_SET),
     product_f32,
     product_bf16,
-    product_f32_bf16,
+    product_widened<float>,
     product_quantized,
     quantize<float>,
     quantize<uint16_t>,

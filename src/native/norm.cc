@@ -9,25 +9,6 @@
 namespace tenfold {
 namespace {
 
-typedef uint16_t U16x16 __attribute__((vector_size(32)));
-
-inline F32x16 widen(const float* x) { return load<F32x16>(x); }
-inline F32x16 widen(const uint16_t* x) {
-  U16x16 half;
-  std::memcpy(&half, x, sizeof(half));
-  return bit_cast<F32x16>(__builtin_convertvector(half, U32x16) << 16);
-}
-
-inline void narrow(float* to, F32x16 v) { store(to, v); }
-inline void narrow(uint16_t* to, F32x16 v) {
-  const U32x16 bits = bit_cast<U32x16>(v);
-  const U32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const U32x16 quiet = (bits >> 16) | 0x40u;  // NaN
-  const auto nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const U16x16 half = __builtin_convertvector(nan ? quiet : rounded, U16x16);
-  std::memcpy(to, &half, sizeof(half));
-}
-
 // To T's precision and back.
 inline F32x16 rounded(F32x16 v, const float*) { return v; }
 inline F32x16 rounded(F32x16 v, const uint16_t*) {
@@ -69,8 +50,9 @@ void rms_norm(const T* x, const T* weight, int64_t D, float eps, float offset, b
     const F32x16 v = widen_part(x + d, D - d);
     squares = fma(v, v, squares);
   }
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += squares[i];
+  float lanes[kLanes], sum = 0;
+  store(lanes, squares);
+  for (const float each : lanes) sum += each;
   const F32x16 scale = splat(1.0f / __builtin_sqrtf(sum / static_cast<float>(D) + eps));
   const auto scaled = [&](T* to, F32x16 v, F32x16 w) {
     narrow(to, weight_last ? rounded(v * scale, unused) * w : v * scale * (w + offset));

@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf as library
+import numpy as np
 import pytest
 
 from tenfold.base import gguf
 from tenfold.base.builtin import builtin_model
 from tenfold.base.errors import CheckpointError, TokenizerError, UnsupportedModelError
 from tenfold.base.ggml_blocks import GGMLType
+from tenfold.data import gguf_checkpoint
+from tenfold.data.generation_config import read_sampling_defaults
 from tenfold.data.gguf_checkpoint import prepare
 from tenfold.data.tokenizer import Tokenizer
 from tests.gguf_files import CONFIG, metadata, tensors, write_pico, write_split
@@ -51,6 +55,56 @@ def test_the_tokenizer_is_the_models_own(file: Path) -> None:
     assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (0, 1, 2)
     messages = [{"role": "user", "content": "Hello"}]
     assert found.apply_chat_template(messages) == own.apply_chat_template(messages)
+
+
+def test_sampling_has_the_files_defaults(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Under the names that gguf, the package, gives them."""
+    names = library.Keys.General
+    wanted = {
+        names.SAMPLING_TEMP: np.float32(0.7),
+        names.SAMPLING_TOP_K: np.int32(20),
+        names.SAMPLING_TOP_P: np.float32(0.95),
+        names.SAMPLING_MIN_P: np.float32(0.05),
+        names.SAMPLING_PENALTY_REPEAT: np.float32(1.1),
+        names.SAMPLING_MIROSTAT: np.int32(0),
+    }
+    plain = {key: value for key, value in metadata().items() if not key.startswith("tokenizer.")}
+    plain["tokenizer.ggml.model"] = "no_vocab"
+    file = tmp_path / "a.gguf"
+    gguf.write(file, plain | wanted, tensors(GGMLType.Q4_0))
+    assert read_sampling_defaults(prepare(file, tokenizer=False)) == {
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.95,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+    }
+    assert not caplog.records
+    others = {names.SAMPLING_MIROSTAT: np.int32(2), names.SAMPLING_PENALTY_LAST_N: np.int32(64)}
+    gguf.write(file, plain | wanted | others, tensors(GGMLType.Q8_0))
+    for _ in range(2):  # also when the directory is there already
+        caplog.clear()
+        prepare(file, tokenizer=False)
+        assert "general.sampling.mirostat, general.sampling.penalty_last_n are not implemented" in caplog.text
+    gguf.write(file, plain | wanted | {names.SAMPLING_PENALTY_LAST_N: np.int32(0)}, tensors(GGMLType.F16))
+    assert "repetition_penalty" not in read_sampling_defaults(prepare(file, tokenizer=False))
+    gguf.write(file, plain | {names.SAMPLING_TOP_K: "many"}, tensors(GGMLType.F32))
+    with pytest.raises(CheckpointError, match=r"general\.sampling\.top_k must be a number; it is 'many'"):
+        prepare(file, tokenizer=False)
+
+
+def test_directories_wanted_the_longest_ago_are_removed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_checkpoint, "KEPT", 2)
+    files = [file.with_name(f"{name}.gguf") for name in "abc"]
+    for path in files:
+        path.write_bytes(file.read_bytes())
+    a, b = (prepare(path, tokenizer=False) for path in files[:2])
+    assert prepare(files[0], tokenizer=False) == a
+    c = prepare(files[2], tokenizer=False)
+    assert [directory.exists() for directory in (a, b, c)] == [True, False, True]
+    assert prepare(files[1], tokenizer=False) == b
+    assert [directory.exists() for directory in (a, b, c)] == [False, True, True]
+    assert all(path.exists() for path in files)
 
 
 def test_weights_stay_where_they_are(file: Path, cache: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -17,6 +18,11 @@ ENGINES = {
     "full": ("full", 1.4, EngineConfig(max_num_seqs=4, max_num_batched_tokens=32, block_size=4, max_waiting=64)),
     "alternating": ("alternating", 1.3, EngineConfig(max_num_seqs=4, max_num_batched_tokens=24, block_size=4)),
     "sliding": ("sliding", 1.2, EngineConfig(max_num_seqs=4, max_num_batched_tokens=16, block_size=8)),
+    "recurrent": (
+        "recurrent",
+        1.4,
+        EngineConfig(max_num_seqs=3, max_num_batched_tokens=16, block_size=4, state_interval=8),
+    ),
     # a budget below the smallest bucket, three rows, pages that do not divide the longest sequence, no prefix cache
     "odd": (
         "full",
@@ -38,13 +44,11 @@ def make_engine(name: str) -> Engine:
     """One of `ENGINES`; its cache holds so many sequences of the greatest length."""
     model_name, sequences, config = ENGINES[name]
     tiny = tiny_model(model_name)
-    specs = tiny.model.cache_specs()
+    specs = jax.tree.leaves(tiny.model.cache_specs())
     longest = config.max_model_len or MAX_LEN
-    B, chunk = config.block_size, config.max_num_batched_tokens
     cache_memory = sum(
-        spec.page_bytes(B, jnp.float32) * (1 + blocks_of(spec.reach, longest, chunk, B) * sequences)
+        spec.page_bytes(config.block_size, jnp.float32) * (1 + blocks_of(spec.reach, longest, config) * sequences)
         for spec in specs
-        if spec
     )
     budget = replace(config, cache_memory=int(cache_memory))
     plan = plan_cache(tiny.model, budget, jnp.float32, 2**30, "cpu")

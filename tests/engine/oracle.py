@@ -48,6 +48,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2,
         "hidden_size_per_layer_input": 8,
     },
+    "recurrent": _SIZES
+    | {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_key_value_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 8,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 0,
+        "hidden_act": "silu",
+    },
     "sliding": _SIZES
     | {
         "architectures": ["MistralForCausalLM"],

@@ -44,7 +44,9 @@ class PagedDevice:
             if chunk.admitted:
                 row = self.history[chunk.seq.slot]
                 row[:] = chunk.seq.tokens + [-1] * (len(row) - len(chunk.seq.tokens))
-        for chunk in plan.chunks:  # every layer writes before it reads
+        for chunk in plan.chunks:  # a state is read before any of the step is written
+            self.resume(chunk.seq, chunk.start)
+        for chunk in plan.chunks:  # every other layer writes before it reads
             self.write(chunk.seq, chunk.start, chunk.length)
         sampled: list[tuple[Chunk, int]] = []
         for chunk in plan.chunks:
@@ -58,19 +60,31 @@ class PagedDevice:
         return sampled
 
     def write(self, seq: Sequence, start: int, length: int) -> None:
-        """Stores the entries of [start, start + length) where the block tables say."""
+        """Stores the entries of [start, start + length) where the block tables say; a state for a whole block."""
         for position in range(start, start + length):
             prefix = tuple(self.history[seq.slot][: position + 1])
             assert -1 not in prefix, f"the device does not know token {prefix.index(-1)}"
-            for pages, table in zip(self.pages, seq.tables, strict=True):
+            for group, pages, table in zip(self.groups, self.pages, seq.tables, strict=True):
                 page = table[position // self.block_size]
-                assert page, "a token has no page"
-                pages[page, position % self.block_size] = prefix
+                if group.reach.recurrent:
+                    assert page or position < start + length - 1, "the last token's state has no page"
+                    pages[page, 0] = prefix
+                else:
+                    assert page, "a token has no page"
+                    pages[page, position % self.block_size] = prefix
+
+    def resume(self, seq: Sequence, start: int) -> None:
+        """Checks that the token at `start` finds the states after the token before it."""
+        for group, pages, table in zip(self.groups, self.pages, seq.tables, strict=True):
+            if group.reach.recurrent and start > 0:
+                page = table[(start - 1) // self.block_size]
+                assert page, f"the state before position {start} was dropped"
+                assert pages[page, 0] == tuple(self.history[seq.slot][:start]), "it is another state"
 
     def read(self, seq: Sequence, position: int) -> None:
         """Checks that the token at `position` finds all that it sees."""
         for group, pages, table in zip(self.groups, self.pages, seq.tables, strict=True):
-            for seen in visible(group.reach, position):
+            for seen in visible(group.reach, position) if not group.reach.recurrent else []:
                 page = table[seen // self.block_size]
                 assert page, f"position {seen} was dropped, and position {position} still sees it"
                 found = pages[page, seen % self.block_size]

@@ -33,6 +33,7 @@ FORMATS: dict[
     "float32": ("float32", None, "auto"),
     "bfloat16": ("bfloat16", None, "auto"),
     "int8": ("float32", "int8", "int8"),
+    "fp8": ("bfloat16", None, "fp8"),
 }
 PREEMPTING = 1.4  # longest sequences that the cache holds, of the four that may run
 
@@ -47,7 +48,7 @@ def make_engine(dtype: str, scheme: str | None, cache: str, model: str) -> Engin
     params = jax.tree.map(finish, tiny.model.params(), tiny.params, is_leaf=is_param)
     config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=24, block_size=8, kv_cache_dtype=cache)
     cache_memory = sum(
-        spec.page_bytes(8, cache_dtype(config, dtype)) * (1 + blocks_of(spec.reach, MAX_LEN, 24, 8) * PREEMPTING)
+        spec.page_bytes(8, cache_dtype(config, dtype)) * (1 + blocks_of(spec.reach, MAX_LEN, config) * PREEMPTING)
         for spec in tiny.model.cache_specs()
         if spec
     )

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tenfold.base.reach import FULL, Reach
+from tenfold.base.reach import FULL, RECURRENT, Reach
 from tenfold.engine.pages import Group, PageLedger, PagePool
 from tenfold.engine.request import Sequence, prefix_root
 from tenfold.engine.sampling_params import SamplingParams
@@ -87,7 +87,13 @@ class PoolMachine(RuleBasedStateMachine):
 PoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
 TestPool = PoolMachine.TestCase
 
-GROUPS = (Group(FULL, 14), Group(Reach(5), 9), Group(Reach(12), 11), Group(Reach(chunk=6), 9))
+GROUPS = (
+    Group(FULL, 14),
+    Group(Reach(5), 9),
+    Group(Reach(12), 11),
+    Group(Reach(chunk=6), 9),
+    Group(RECURRENT, 7, every=2),
+)
 BLOCK = 4
 MAX_LEN = 40
 
@@ -138,8 +144,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.device.history[seq.slot][: len(seq.tokens)] = seq.tokens
         if cached:  # what the next token sees of the prefix is there
             position = cached - 1
+            self.device.resume(seq, cached)
             for group, pages, table in zip(GROUPS, self.device.pages, seq.tables, strict=True):
-                for seen in set(visible(group.reach, position + 1)) - {cached}:
+                for seen in set(visible(group.reach, position + 1)) - {cached} if not group.reach.recurrent else ():
                     found = pages[table[seen // BLOCK], seen % BLOCK]
                     assert found == tuple(seq.tokens[: seen + 1])
         self.started += 1
@@ -152,7 +159,10 @@ class LedgerMachine(RuleBasedStateMachine):
         length = min(wanted, len(seq.tokens) - seq.computed)
         fits = self.ledger.fits(seq, seq.computed + length)
         blocks = -(-(seq.computed + length) // BLOCK)
-        needed = [max(0, blocks - len(table)) for table in seq.tables]
+        needed = [
+            sum((block + 1) % group.every == 0 or block == blocks - 1 for block in range(len(table), blocks))
+            for group, table in zip(GROUPS, seq.tables, strict=True)
+        ]
         free = [pool.num_free for pool in self.ledger.pools]
         assert fits == all(n <= m for n, m in zip(needed, free, strict=True))
         if not fits or not length:
@@ -160,8 +170,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.grow(seq, seq.computed + length)
         assert [pool.num_free for pool in self.ledger.pools] == [m - n for n, m in zip(needed, free, strict=True)]
         start, seq.computed = seq.computed, seq.computed + length
-        self.ledger.register(seq)
+        self.ledger.register(seq, dispatched=False)
+        self.device.resume(seq, start)
         self.device.write(seq, start, length)
+        self.ledger.register(seq, dispatched=True)
         for position in range(start, seq.computed):
             self.device.read(seq, position)
 
@@ -172,7 +184,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if len(seq.tokens) < MAX_LEN:
             self.device.history[seq.slot][len(seq.tokens)] = token
             seq.tokens.append(token)
-            self.ledger.register(seq)
+            self.ledger.register(seq, dispatched=True)
 
     @precondition(lambda self: self.live)
     @rule(pick=PICK)
@@ -182,6 +194,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for group, table in zip(GROUPS, seq.tables, strict=True):
             first = visible(group.reach, seq.computed)[0] // BLOCK
             assert [bool(page) for page in table] == [block >= first for block in range(len(table))]
+            assert not group.reach.recurrent or sum(map(bool, table)) <= 1  # the last state is all that is left
 
     @precondition(lambda self: self.live)
     @rule(pick=PICK)
@@ -222,7 +235,7 @@ def compute(ledger: PageLedger, seq: Sequence) -> None:
     ledger.attach(seq, ledger.match_prefix(seq))
     ledger.grow(seq, len(seq.tokens))
     seq.computed = len(seq.tokens)
-    ledger.register(seq)
+    ledger.register(seq, dispatched=True)
 
 
 @pytest.mark.parametrize(("length", "cached"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (12, 8)])
@@ -265,7 +278,7 @@ def test_a_window_needs_only_its_own_blocks() -> None:
     for length in (4, 8, 12, 16, 17):
         ledger.grow(seq, length)
         seq.computed = length
-        ledger.register(seq)
+        ledger.register(seq, dispatched=True)
         ledger.trim(seq)
     # position 17 sees 13 … 17: of the windowed group blocks 3 and 4, of the other all five
     assert [[bool(page) for page in table] for table in seq.tables] == [[True] * 5, [False] * 3 + [True] * 2]
@@ -279,3 +292,25 @@ def test_a_window_needs_only_its_own_blocks() -> None:
     ledger.pools[1].release(again.tables[1][3])
     ledger.pools[1].allocate()
     assert ledger.match_prefix(again) == 0  # all of the full group is there, but nothing that the window sees
+
+
+def test_states_are_found_at_their_interval_once_their_step_is_dispatched() -> None:
+    ledger = PageLedger([Group(FULL, 12), Group(RECURRENT, 6, every=2)], 4)
+    seq = sequence(list(range(23)))
+    ledger.attach(seq, 0)
+    ledger.grow(seq, 19)  # passes five blocks; the second and the fourth keep their states
+    assert [[bool(page) for page in table] for table in seq.tables] == [[True] * 5, [False, True, False, True, True]]
+    seq.computed = 19
+    ledger.register(seq, dispatched=False)
+    assert ledger.match_prefix(sequence(list(range(23)))) == 0
+    ledger.register(seq, dispatched=True)
+    ledger.trim(seq)
+    assert ledger.match_prefix(sequence(list(range(23)))) == 16
+    assert ledger.match_prefix(sequence(list(range(16)))) == 8  # one token is left to compute
+    ledger.grow(seq, 23)  # leaves the fifth block, which keeps no state for others
+    seq.computed = 23
+    ledger.register(seq, dispatched=True)
+    ledger.trim(seq)
+    assert [bool(page) for page in seq.tables[1]] == [False] * 5 + [True]
+    assert ledger.match_prefix(sequence(list(range(30)))) == 16
+    ledger.check([seq])

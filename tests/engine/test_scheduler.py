@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenfold.base.reach import FULL, Reach
+from tenfold.base.reach import FULL, RECURRENT, Reach
 from tenfold.engine.pages import Group, PageLedger
 from tenfold.engine.request import Sequence, Status, prefix_root
 from tenfold.engine.sampling_params import SamplingParams
@@ -28,6 +28,7 @@ class Sizes:
     max_num_batched_tokens: int = 8
     prefill_share: int | None = None  # tokens next to the decodes; None: all of the budget
     longest: float = 1.0
+    every: int = 1  # of so many blocks a recurrent group keeps one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,10 @@ class Simulation:
 
     def __post_init__(self) -> None:
         s = self.sizes
-        groups = [Group(reach, 1 + int(self._blocks(reach) * s.longest)) for reach in s.reaches]
+        groups = [
+            Group(reach, 1 + int(self._blocks(reach) * s.longest), s.every if reach.recurrent else 1)
+            for reach in s.reaches
+        ]
         share = s.prefill_share
         self.scheduler = Scheduler(
             ledger=PageLedger(groups, s.block_size),
@@ -95,7 +99,12 @@ class Simulation:
         self.inflight: list[tuple[Chunk, int]] | None = None
 
     def _blocks(self, reach: Reach) -> int:
-        """The most blocks that one sequence owns: any `reach - 1 + budget` neighbouring tokens, however they lie."""
+        """The most blocks that one sequence owns: any `reach - 1 + budget` neighbouring tokens, however they lie.
+
+        Of states: that before a chunk, that after it, and those kept on the way.
+        """
+        if reach.recurrent:
+            return 2 + -(-self.sizes.max_num_batched_tokens // (self.sizes.every * self.sizes.block_size))
         tokens = MAX_LEN if reach.most is None else min(MAX_LEN, reach.most - 1 + self.sizes.max_num_batched_tokens)
         return min(-(-MAX_LEN // self.sizes.block_size), (tokens - 2) // self.sizes.block_size + 2)
 
@@ -203,9 +212,19 @@ def sizes(draw: st.DrawFn) -> Sizes:
         block_size=draw(st.sampled_from([1, 3, 4, 8])),
         reaches=draw(
             st.sampled_from(
-                [(FULL,), (FULL,), (FULL, Reach(5)), (Reach(6),), (FULL, Reach(3), Reach(9)), (FULL, Reach(chunk=7))]
+                [
+                    (FULL,),
+                    (FULL,),
+                    (FULL, Reach(5)),
+                    (Reach(6),),
+                    (FULL, Reach(3), Reach(9)),
+                    (FULL, Reach(chunk=7)),
+                    (RECURRENT, FULL),
+                    (RECURRENT,),
+                ]
             )
         ),
+        every=draw(st.sampled_from([1, 2, 3])),
         max_num_seqs=seqs,
         max_num_batched_tokens=draw(st.integers(seqs, seqs + 12)),
         prefill_share=draw(st.sampled_from([None, 0, 1, 4])),
@@ -235,7 +254,7 @@ def test_any_workload_is_served_exactly_at_depth(size: Sizes, asked: list[Reques
     check_workload(size, asked)
 
 
-@pytest.mark.parametrize("reaches", [(FULL,), (FULL, Reach(5)), (FULL, Reach(chunk=6))])
+@pytest.mark.parametrize("reaches", [(FULL,), (FULL, Reach(5)), (FULL, Reach(chunk=6)), (FULL, RECURRENT)])
 def test_a_crowd_in_a_small_cache_is_served(reaches: tuple[Reach, ...]) -> None:
     """Preemptions happen often, the victims keep their tokens, and every page comes back."""
     random = Random(0)

@@ -1,5 +1,4 @@
 import itertools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +12,6 @@ from tenfold.kernels.matmul import QuantizedWeight, lookup, pack
 
 needs_native = pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 300), st.integers(1, 100))  # M, D, N
-
-
-@pytest.fixture(params=native.INSTRUCTION_SETS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    widest = native.instruction_set()
-    if not native.use(request.param):
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    assert widest is not None and native.use(widest)
 
 
 def draw(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -7,19 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenfold.kernels import native, norm
+from tenfold.kernels import norm
 from tenfold.kernels.norm import layer_norm, rms_norm
 
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
-
-
-@pytest.fixture(params=native.INSTRUCTION_SETS)
-def instruction_set(request):
-    widest = native.instruction_set()
-    if not native.use(request.param):
-        pytest.skip(f"there are no native kernels for {request.param} here")
-    yield
-    assert widest is not None and native.use(widest)
 
 
 @pytest.mark.usefixtures("instruction_set")

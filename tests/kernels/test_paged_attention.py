@@ -1,10 +1,9 @@
 """Paged attention against its definition, and the definition against dense attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -37,15 +36,28 @@ def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpec) -> n
     return out
 
 
+def held(x: np.ndarray, cache: str) -> np.ndarray:
+    """The numbers that a cache holds of keys or values, by its definition."""
+    if cache == "float32":
+        return x
+    largest = np.float32({"int8": 127, "float8_e4m3fn": 448}[cache])
+    peak = np.abs(x).max(-1, keepdims=True)
+    codes = x * (largest / peak)
+    codes = (np.rint(codes) if cache == "int8" else codes).astype(cache)
+    return codes.astype(np.float64) * (peak / largest)
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """What a program is compiled for: packed tokens, rows, tokens of a page, key-value heads, queries per each."""
+    """What a program is compiled for: packed tokens, rows, tokens of a page, key-value heads, queries per each, and
+    what the cache is held in."""
 
     T: int
     S: int
     B: int
     J: int
     G: int
+    cache: str = "float32"
 
     @property
     def N(self) -> int:
@@ -58,6 +70,7 @@ class Case:
     def __init__(self, seed: int, sizes: Sizes, lengths: list[tuple[int, int]]) -> None:
         """`lengths` are (tokens, new tokens) of each sequence; the new ones must fit into T, the sequences into S."""
         rng = np.random.default_rng(seed)
+        self.sizes = sizes
         self.sequences = sorted(lengths, key=lambda length: length[1] > 1)
         T, S, B, J, G = sizes.T, sizes.S, sizes.B, sizes.J, sizes.G
         totals, new = [[length[i] for length in self.sequences] for i in (0, 1)]
@@ -71,8 +84,8 @@ class Case:
         for s, total in enumerate(totals):
             blocks = -(-total // B)
             tables[s, :blocks], pages = pages[:blocks], pages[blocks:]
-        empty = op.make_cache(S * sizes.N + 1, B, J, K, jnp.float32)
-        stale = op.PagedCache(*(np.full(x.shape, 1e4, np.float32) for x in empty))  # which must not be seen
+        empty = op.make_cache(S * sizes.N + 1, B, J, K, sizes.cache)
+        stale = jax.tree.map(lambda x: np.full(x.shape, 100 if x.dtype.itemsize == 1 else 1e4, x.dtype), empty)
         self.cache = self.fill(stale, sizes, tables)
         self.batch = op.RaggedBatch(
             block_tables=tables,
@@ -97,7 +110,8 @@ class Case:
         return write(cache, k, v, pages, offsets)
 
     def expected(self, spec: AttentionSpec) -> np.ndarray:
-        rows = zip(self.starts, self.starts[1:], self.k, self.v, strict=False)
+        k, v = ([held(x, self.sizes.cache) for x in xs] for xs in (self.k, self.v))
+        rows = zip(self.starts, self.starts[1:], k, v, strict=False)
         return np.concatenate([dense(self.q[start:end], k, v, spec) for start, end, k, v in rows])
 
 
@@ -122,6 +136,8 @@ CASES = [
     (Sizes(160, 11, 16, 1, 3), AttentionSpec(0.3, window=None)),
     (Sizes(160, 11, 16, 2, 2), AttentionSpec(0.3, window=40, softcap=3.0)),
     (Sizes(160, 11, 48, 1, 1), AttentionSpec(0.3, window=5)),
+    (Sizes(160, 11, 16, 2, 2, "int8"), AttentionSpec(0.3, window=None)),
+    (Sizes(160, 11, 4, 1, 3, "float8_e4m3fn"), AttentionSpec(0.3, window=40, softcap=3.0)),
 ]
 
 
@@ -149,6 +165,7 @@ def test_any_ragged_batch_equals_dense_attention_at_depth(
     [
         (Sizes(11, 11, 16, 2, 2), AttentionSpec(0.3, window=None, softcap=3.0)),
         (Sizes(2, 4, 16, 1, 3), AttentionSpec(0.3, window=40)),  # rows are rounded up further than tokens
+        (Sizes(11, 11, 16, 2, 2, "float8_e4m3fn"), AttentionSpec(0.3, window=None)),
     ],
 )
 @settings(max_examples=12)
@@ -164,8 +181,9 @@ def test_edges_of_blocks_and_chunks(lengths: list[tuple[int, int]]) -> None:
     check(Case(0, CASES[2][0], lengths), CASES[2][1])
 
 
-def test_reference_equals_dense_attention() -> None:
-    case = Case(0, Sizes(26, 3, 16, 2, 2), [(70, 1), (9, 9), (40, 13)])
+@pytest.mark.parametrize("cache", ["float32", "int8", "float8_e4m3fn"])
+def test_reference_equals_dense_attention(cache: str) -> None:
+    case = Case(0, Sizes(26, 3, 16, 2, 2, cache), [(70, 1), (9, 9), (40, 13)])
     spec = AttentionSpec(scale=0.3, window=20, softcap=5.0)
     positions = np.concatenate([np.arange(total - new, total) for total, new in case.sequences] + [np.zeros(3, int)])
     reference = jax.jit(partial(op.reference, spec=spec))
@@ -191,10 +209,11 @@ def test_a_row_does_not_depend_on_its_neighbours(window: int | None) -> None:
     np.testing.assert_array_equal(single, out[start:end])
 
 
+@pytest.mark.parametrize("cache", ["float32", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_an_overflow_stays_in_its_own_sequence(value: float) -> None:
+def test_an_overflow_stays_in_its_own_sequence(value: float, cache: str) -> None:
     """Pages of a sequence whose activations overflowed go to another one, which reads them before they are full."""
-    sizes, spec = CASES[2]
+    sizes, spec = replace(CASES[2][0], cache=cache), CASES[2][1]
     case = Case(5, sizes, [(100, 1), (70, 20)])
     expected = np.asarray(paged_attention(case.q, case.cache, case.batch, spec))
     pages, offsets = np.divmod(np.arange(case.cache.k.shape[0] * sizes.B, dtype=np.int32), sizes.B)

@@ -28,7 +28,7 @@ def check(name: str, tmp_path: Path, *, stacked: bool) -> None:
     wanted = golden.read(golden.DIRECTORY / f"{name}.json")
     golden.save_checkpoint(wanted, tmp_path)
     model = resolve(checkpoint.read_config(tmp_path)).with_max_len(wanted.max_len)
-    params = checkpoint.load(tmp_path, model.params(stacked=stacked), jnp.float32, unused=model.unused())
+    params = checkpoint.load(tmp_path, model.params(stacked=stacked), jnp.float32, skipped=model.skipped())
     golden.assert_scores_agree(wanted, model, params)
 
 
@@ -43,7 +43,7 @@ def test_declaration_has_the_tensors_of_transformers(name: str) -> None:
     wanted = golden.read(golden.DIRECTORY / f"{name}.json")
     model = resolve(wanted.config)
     tree = model.params()
-    used = {tensor for tensor in wanted.tensors if not matches(tensor, model.unused())}
+    used = {tensor for tensor in wanted.tensors if not matches(tensor, model.skipped())}
     sources = [source for _, p in leaves(tree) for source in p.sources]
     assert {name for source in sources for name in (source.name, *source.aliases) if name in used} == used
     assert {source.name for source in sources if not used.intersection((source.name, *source.aliases))} == set()

@@ -20,7 +20,7 @@ Tensors = dict[str, np.ndarray]
 
 def load(path: Path, config: dict[str, Any]) -> Any:
     model = resolve(config)
-    return checkpoint.load(path, model.params(), jnp.float32, unused=model.unused())
+    return checkpoint.load(path, model.params(), jnp.float32, skipped=model.skipped())
 
 
 def renamed(tensors: Tensors, prefix: str, other: str) -> Tensors:

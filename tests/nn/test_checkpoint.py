@@ -151,9 +151,9 @@ def test_computed_buffers_of_old_exporters_are_ignored(tmp_path: Path) -> None:
 def test_what_the_caller_declares_unused_is_not_read(tmp_path: Path) -> None:
     extra = {"vision_tower.patches.weight": np.ones((2, 3, 4)), "audio.scale": np.ones(())}
     path = save(tmp_path, theirs() | extra)
-    assert_loaded(checkpoint.load(path, declare(), "float32", unused=("vision_tower.*", "audio.*")), theirs())
+    assert_loaded(checkpoint.load(path, declare(), "float32", skipped=("vision_tower.*", "audio.*")), theirs())
     with pytest.raises(CheckpointError, match=r"1 unexpected: audio\.scale \(in"):
-        checkpoint.load(path, declare(), "float32", unused=("vision_tower.*",))
+        checkpoint.load(path, declare(), "float32", skipped=("vision_tower.*",))
 
 
 @pytest.mark.parametrize("prefix", ["", "text.model.", "model."])

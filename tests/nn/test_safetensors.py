@@ -1,6 +1,5 @@
 """Our reader and writer against the safetensors library, and against damaged files."""
 
-import gc
 import json
 from pathlib import Path
 
@@ -122,31 +121,6 @@ def test_a_dtype_that_the_format_lacks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'x' has the dtype int4"):
         ours.write(tmp_path / "a.safetensors", {"x": np.zeros(2, ml_dtypes.int4)})
     assert not list(tmp_path.iterdir())
-
-
-def test_views_outlive_the_file_and_its_handle(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    array = np.arange(100_000, dtype=np.float32)
-    ours.write(path, {"x": array, "y": array + 1})
-    file = ours.open(path)
-    view = file["x"]
-    file.will_need(view)
-    file.release(view[10:-10])
-    ours.write(path, {"x": array * 0})
-    del file
-    gc.collect()
-    np.testing.assert_array_equal(view, array)
-    path.unlink()
-    np.testing.assert_array_equal(view, array)
-
-
-def test_advice_about_other_memory_is_ignored(tmp_path: Path) -> None:
-    ours.write(tmp_path / "a.safetensors", {"x": np.ones(3, np.float32), "empty": np.ones((0, 3), np.float32)})
-    file = ours.open(tmp_path / "a.safetensors")
-    own = np.ones(100_000, np.float32)
-    file.release(own)
-    file.release(file["empty"])
-    assert own.sum() == 100_000
 
 
 # --- damaged files --------------------------------------------------------------------------------------------------

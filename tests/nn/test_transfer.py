@@ -40,7 +40,7 @@ def stored(dtype: str, seed: int = 0) -> np.ndarray:
 def test_values_and_dtype(route: str, source: str, dtype: str) -> None:
     view = stored(source)
     released: list[int] = []
-    placed = transfer.place([view], dtype, stacked=False, release=lambda part: released.append(part.size))
+    placed = transfer.place([view], dtype, release=lambda part: released.append(part.size))
     assert placed.dtype == dtype
     assert isinstance(placed, jax.Array)
     np.testing.assert_array_equal(np.asarray(placed), view.astype(np.float32).astype(placed.dtype))
@@ -50,7 +50,7 @@ def test_values_and_dtype(route: str, source: str, dtype: str) -> None:
 
 def test_layers_are_stacked(route: str) -> None:
     views = [stored("float32", seed) for seed in range(3)]
-    placed = transfer.place(views, "float32", stacked=True)
+    placed = transfer.place(views, "float32", stack_shape=(len(views),))
     np.testing.assert_array_equal(np.asarray(placed), np.stack(views))
 
 
@@ -58,7 +58,7 @@ def test_layers_are_stacked(route: str) -> None:
 def test_each_device_gets_its_shard(route: str, spec: P) -> None:
     view = stored("float32").repeat(2, axis=1)
     sharding = NamedSharding(make_mesh({"x": 2, "y": 2}), spec)
-    placed = transfer.place([view], "float32", stacked=False, sharding=sharding)
+    placed = transfer.place([view], "float32", sharding=sharding)
     assert placed.sharding == sharding
     np.testing.assert_array_equal(np.asarray(placed), view)
     for shard in placed.addressable_shards:
@@ -69,20 +69,20 @@ def test_each_device_gets_its_shard(route: str, spec: P) -> None:
 def test_stacks_are_sharded(route: str) -> None:
     views = [stored("float32", seed) for seed in range(2)]
     sharding = NamedSharding(make_mesh({"x": 2, "y": 2}), P("x", "y"))
-    placed = transfer.place(views, "float32", stacked=True, sharding=sharding)
+    placed = transfer.place(views, "float32", stack_shape=(len(views),), sharding=sharding)
     np.testing.assert_array_equal(np.asarray(placed), np.stack(views))
 
 
 def test_the_result_shares_no_memory_with_its_source(route: str) -> None:
     view = np.ones((64, 64), np.float32)
-    placed = transfer.place([view], "float32", stacked=False)
+    placed = transfer.place([view], "float32")
     view[:] = 2
     assert (np.asarray(placed) == 1).all()
 
 
 def test_scalars_and_empty_arrays(route: str) -> None:
-    assert transfer.place([np.full((), 3, np.float32)], "float32", stacked=False) == 3
-    assert transfer.place([np.ones((0, 3))], "float32", stacked=False).shape == (0, 3)
+    assert transfer.place([np.full((), 3, np.float32)], "float32") == 3
+    assert transfer.place([np.ones((0, 3))], "float32").shape == (0, 3)
 
 
 MEASURE = """
@@ -99,7 +99,7 @@ transfer._BLOCK = 8 * 2**20
 file = safetensors.open(Path(sys.argv[1]))
 jax.block_until_ready(jax.jit(lambda x: x.T + 1)(jax.numpy.ones((8, 8))))
 before = peak()
-array = transfer.place([file["x"].T], "float32", stacked=False, release=file.release)
+array = transfer.place([file["x"].T], "float32", release=file.release)
 print(peak() - before, array.nbytes)
 """
 

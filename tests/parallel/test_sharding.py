@@ -49,8 +49,8 @@ def test_a_mesh_axis_cannot_split_two_dims() -> None:
 
 
 def test_unknown_logical_axes_are_named() -> None:
-    with pytest.raises(ConfigError, match="no axis 'experts'; known: embed, heads"):
-        partition_spec("experts embed", (2, 2), DEFAULT_RULES, MESH)
+    with pytest.raises(ConfigError, match="no axis 'depth'; known: embed, heads"):
+        partition_spec("depth embed", (2, 2), DEFAULT_RULES, MESH)
 
 
 def test_a_mesh_uses_the_first_devices() -> None:

@@ -108,6 +108,29 @@ GPT2 = {
     "layer_norm_epsilon": 1e-3,
 }
 SEED_OSS = ("SeedOssForCausalLM", "seed_oss")
+QWEN3_NEXT = ("Qwen3NextForCausalLM", "qwen3_next")
+QWEN3_5 = ("Qwen3_5ForCausalLM", "qwen3_5_text")
+FALCON_H1 = ("FalconH1ForCausalLM", "falcon_h1")
+GRANITE_HYBRID = ("GraniteMoeHybridForCausalLM", "granitemoehybrid")
+NEMOTRON_H = ("NemotronHForCausalLM", "nemotron_h")
+DEEPSEEK_V2 = ("DeepseekV2ForCausalLM", "deepseek_v2")
+DEEPSEEK_V3 = ("DeepseekV3ForCausalLM", "deepseek_v3")
+
+DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+}
+MAMBA = {"mamba_n_heads": 6, "mamba_n_groups": 2, "mamba_d_state": 10, "mamba_d_conv": 4}
+LATENT = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+}
 
 CASES = (
     Case(name="llama", config=_v5(*LLAMA, hidden_act="silu", rope_parameters=_rope())),
@@ -773,8 +796,256 @@ CASES = (
             **{f"{name}_token_id": 200 for name in ("boi", "eoi", "image", "video", "boa", "audio")},
         },
     ),
+    Case(
+        name="qwen3_next",
+        engine=True,
+        config=_v5(
+            *QWEN3_NEXT,
+            **DELTA_NET,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+            head_dim=16,
+            moe_intermediate_size=20,
+            shared_expert_intermediate_size=28,
+            num_experts=7,
+            num_experts_per_tok=3,
+            norm_topk_prob=True,
+            decoder_sparse_step=1,
+            mlp_only_layers=[1],
+            rope_parameters=_rope(theta=1e6, partial_rotary_factor=0.25),
+        ),
+    ),
+    Case(
+        name="qwen3_next-dense-v4",
+        config=_v4(
+            *QWEN3_NEXT,
+            **DELTA_NET | {"linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 3},
+            num_hidden_layers=5,
+            full_attention_interval=2,
+            head_dim=12,
+            attention_bias=True,
+            num_experts=0,
+            mlp_only_layers=[],
+            tie_word_embeddings=True,
+            partial_rotary_factor=0.5,
+            rope_theta=1e4,
+        ),
+    ),
+    Case(
+        name="qwen3_5",
+        config=_v5(
+            *QWEN3_5,
+            **DELTA_NET,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+            head_dim=16,
+            rope_parameters=_rope(theta=1e6, partial_rotary_factor=0.25, mrope_section=[1, 1, 0]),
+        ),
+    ),
+    Case(
+        name="falcon_h1",
+        config=_v5(
+            *FALCON_H1,
+            **MAMBA,
+            head_dim=12,
+            mamba_d_ssm=36,
+            mamba_rms_norm=True,
+            mamba_norm_before_gate=False,
+            mamba_chunk_size=16,
+            embedding_multiplier=1.7,
+            lm_head_multiplier=0.8,
+            mlp_multipliers=[0.9, 1.2],
+            key_multiplier=0.7,
+            attention_in_multiplier=1.2,
+            attention_out_multiplier=0.8,
+            ssm_multipliers=[0.9, 1.1, 0.8, 1.2, 0.7],
+            ssm_in_multiplier=1.1,
+            ssm_out_multiplier=0.9,
+            rope_parameters=_rope(theta=1e6),
+        ),
+    ),
+    Case(
+        name="falcon_h1-biases-v4",
+        config=_v4(
+            *FALCON_H1,
+            **MAMBA | {"mamba_n_heads": 4, "mamba_n_groups": 1},
+            mamba_d_ssm=None,
+            mamba_expand=1,
+            mamba_rms_norm=False,
+            mamba_proj_bias=True,
+            projectors_bias=True,
+            attention_bias=True,
+            mlp_bias=True,
+            mamba_conv_bias=False,
+            tie_word_embeddings=True,
+            rope_theta=1e4,
+        ),
+    ),
+    Case(
+        name="granite_hybrid",
+        engine=True,
+        config=_v5(
+            *GRANITE_HYBRID,
+            **MAMBA,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+            mamba_expand=1,
+            mamba_chunk_size=16,
+            shared_intermediate_size=36,
+            num_local_experts=7,
+            num_experts_per_tok=3,
+            intermediate_size=20,
+            position_embedding_type=None,
+            embedding_multiplier=1.5,
+            attention_multiplier=0.3,
+            residual_multiplier=0.7,
+            logits_scaling=0.8,
+        ),
+    ),
+    Case(
+        name="granite_hybrid-dense-v4",
+        config=_v4(
+            *GRANITE_HYBRID,
+            **MAMBA | {"mamba_n_groups": 1},
+            layer_types=["mamba", "mamba", "attention"],
+            mamba_expand=2,
+            mamba_proj_bias=True,
+            shared_intermediate_size=36,
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            attention_bias=True,
+            attention_multiplier=0.3,
+            position_embedding_type="rope",
+            rope_theta=1e4,
+            tie_word_embeddings=True,
+        ),
+    ),
+    Case(
+        name="nemotron_h",
+        config=_v5(
+            *NEMOTRON_H,
+            layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"],
+            num_hidden_layers=5,
+            head_dim=12,
+            mamba_num_heads=6,
+            mamba_head_dim=7,
+            n_groups=2,
+            ssm_state_size=10,
+            conv_kernel=4,
+            chunk_size=16,
+            layer_norm_epsilon=1e-3,
+        ),
+    ),
+    Case(
+        name="nemotron_h-biases-v4",
+        config=_v4(
+            *NEMOTRON_H,
+            hybrid_override_pattern="M-*M",
+            num_hidden_layers=4,
+            head_dim=16,
+            mamba_num_heads=4,
+            mamba_head_dim=9,
+            n_groups=1,
+            ssm_state_size=6,
+            conv_kernel=3,
+            use_bias=True,
+            use_conv_bias=False,
+            mlp_bias=True,
+            attention_bias=True,
+            layer_norm_epsilon=1e-3,
+        ),
+    ),
+    Case(
+        name="deepseek_v2",
+        config=_v5(
+            *DEEPSEEK_V2,
+            **LATENT,
+            q_lora_rank=None,
+            moe_intermediate_size=20,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_shared_experts=2,
+            n_group=4,
+            topk_group=2,
+            topk_method="group_limited_greedy",
+            routed_scaling_factor=2.0,
+            first_k_dense_replace=1,
+            rope_parameters=_rope(theta=1e4),
+        ),
+    ),
+    Case(
+        name="deepseek_v2-yarn-v4",
+        config=_v4(
+            *DEEPSEEK_V2,
+            **LATENT,
+            q_lora_rank=18,
+            attention_bias=True,
+            moe_intermediate_size=12,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            topk_method="greedy",
+            first_k_dense_replace=2,
+            rope_theta=1e4,
+            rope_scaling={
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
+        ),
+    ),
+    Case(
+        name="deepseek_v3",
+        engine=True,
+        config=_v5(
+            *DEEPSEEK_V3,
+            **LATENT,
+            q_lora_rank=18,
+            moe_intermediate_size=20,
+            n_routed_experts=12,
+            num_experts_per_tok=3,
+            n_shared_experts=1,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.5,
+            norm_topk_prob=True,
+            first_k_dense_replace=1,
+            num_nextn_predict_layers=0,
+            rope_parameters=_rope(
+                "yarn", 1e4, factor=4.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=1.0
+            ),
+        ),
+    ),
+    Case(
+        name="deepseek_v3-halves-v4",
+        config=_v4(
+            *DEEPSEEK_V3,
+            **LATENT,
+            q_lora_rank=None,
+            attention_bias=True,
+            moe_intermediate_size=12,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            n_shared_experts=2,
+            n_group=1,
+            topk_group=1,
+            norm_topk_prob=False,
+            first_k_dense_replace=2,
+            rope_interleave=False,
+            num_nextn_predict_layers=0,
+            rope_theta=1e4,
+        ),
+    ),
 )
 
+# A_log, Δ's bias (so that states last for some tokens), Mamba's D and short convolutions: center and scale.
+RECURRENT_WEIGHTS = {
+    ".A_log": (0.0, 0.5),
+    ".dt_bias": (-2.0, 0.5),
+    ".D": (1.0, 0.3),
+    ".conv1d.weight": (0.0, 0.5),
+}
 
 LAST_NORMS = (
     "model.norm.weight",
@@ -782,15 +1053,18 @@ LAST_NORMS = (
     "model.final_layernorm.weight",
     "model.decoder.final_layer_norm.weight",
     "transformer.ln_f.weight",
+    "backbone.norm_f.weight",
 )
 EMBEDDINGS = (
     "embed_tokens.weight",
+    "embeddings.weight",
     "embed_tokens_per_layer.weight",
     "embed_positions.weight",
     "wte.weight",
     "wpe.weight",
 )
-ZERO_CENTERED = ("gemma2", "gemma3", "gemma3_text")  # 1 is added to the scales of their norms
+# 1 is added to the scales of their norms.
+ZERO_CENTERED = ("gemma2", "gemma3", "gemma3_text", "qwen3_next", "qwen3_5", "qwen3_5_text")
 
 
 def make_weight(name: str, shape: tuple[int, ...], config: Mapping[str, Any], seed: int) -> np.ndarray:
@@ -801,10 +1075,14 @@ def make_weight(name: str, shape: tuple[int, ...], config: Mapping[str, Any], se
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     center, scale = 0.0, 0.2  # biases
-    if name in LAST_NORMS:
+    of_recurrence = next((suffix for suffix in RECURRENT_WEIGHTS if name.endswith(suffix)), None)
+    if of_recurrence:
+        center, scale = RECURRENT_WEIGHTS[of_recurrence]
+    elif name in LAST_NORMS:
         scale = 3.5
-    elif name.endswith("norm.weight") or (name.endswith("weight") and len(shape) == 1):
-        center, scale = (0.0 if config["model_type"] in ZERO_CENTERED else 1.0), 0.4
+    elif name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight")):
+        zero_centered = config["model_type"] in ZERO_CENTERED and "linear_attn" not in name
+        center, scale = (0.0 if zero_centered else 1.0), 0.4
     elif name.endswith(EMBEDDINGS):
         scale = 0.1 if config["tie_word_embeddings"] else 0.4
     elif len(shape) == 2:

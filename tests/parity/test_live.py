@@ -54,7 +54,7 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 def load(path: Path, max_len: int) -> tuple[Model, Any]:
     model = resolve(checkpoint.read_config(path)).with_max_len(max_len)
-    return model, checkpoint.load(path, model.params(), jnp.float32, unused=model.unused())
+    return model, checkpoint.load(path, model.params(), jnp.float32, skipped=model.skipped())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -70,7 +70,7 @@ def test_stacked_layers_have_the_same_loss_and_gradients() -> None:
     model, params = make_model()
     packed = pack(make_examples(2), 24, 0)
     layers = params["layers"]
-    stacked = params | {"layers": {"scan": [jax.tree.map(lambda *ws: jnp.stack(ws), *layers)], "tail": []}}
+    stacked = params | {"layers": {"head": [], "scan": [jax.tree.map(lambda *ws: jnp.stack(ws), *layers)], "tail": []}}
     gradient = jax.jit(jax.value_and_grad(next_token_loss), static_argnums=1)
     loss, grads = gradient(params, model, packed)
     loss_stacked, grads_stacked = gradient(stacked, model, packed)

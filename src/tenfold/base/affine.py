@@ -6,7 +6,7 @@ again. Imports no jax.
 Dims: N rows, one per output; D inputs; G groups of D / G inputs; C numbers that hold a row's codes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Float32, Integer
@@ -41,6 +41,11 @@ class Affine:
     @property
     def group(self) -> int:
         return self.inputs // self.scales.shape[-1]
+
+    def part(self, index: int) -> "Affine":
+        """The rows at an index of the first dim."""
+        minima = None if self.minima is None else self.minima[index]
+        return replace(self, codes=self.codes[index], scales=self.scales[index], minima=minima)
 
     def values(self, dtype: DTypeLike = np.float32) -> Float[np.ndarray, "*N D"]:
         """The weights, computed in float32, with the columns of a matrix contiguous in memory.

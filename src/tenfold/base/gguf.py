@@ -10,7 +10,7 @@ only. Imports no jax.
 import math
 import mmap
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -22,6 +22,7 @@ from tenfold.base import ggml_blocks
 from tenfold.base.errors import CheckpointError
 from tenfold.base.files import GGUF_SPLIT, atomic_write
 from tenfold.base.ggml_blocks import FLOATS, OTHER_TYPES, GGMLType
+from tenfold.base.mapped import MappedTensors, end_to_end
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
@@ -71,69 +72,30 @@ class TensorInfo:
         return math.prod(self.raw_shape) * itemsize
 
 
-class GGUFFile(Mapping[str, np.ndarray]):
+class GGUFFile(MappedTensors[TensorInfo]):
     """The tensors of a model, by name, as read-only views of the mapped files.
 
     A tensor of a float type has its shape and dtype. One in blocks is uint8 and its last dim counts bytes, which is
-    what `ggml_blocks.unpack` takes. A view stays valid after the files are deleted or replaced, but not if they are
-    changed in place.
+    what `ggml_blocks.unpack` takes.
 
     Attributes:
-        path: the file, or the first of a split.
         metadata: by key. Numbers, booleans and strings are Python's; arrays of numbers are numpy's, others are lists.
-        infos: type and shape of every tensor, without reading it.
     """
 
     def __init__(
         self, path: Path, metadata: dict[str, Any], infos: dict[str, TensorInfo], mapped: Sequence[mmap.mmap]
     ) -> None:
-        self.path = path
+        super().__init__(path, infos, mapped)
         self.metadata = metadata
-        self.infos = infos
-        self._mapped = mapped
-        self._addresses = [np.frombuffer(part, np.uint8).ctypes.data for part in mapped]
 
     def __getitem__(self, name: str) -> np.ndarray:
         info = self.infos[name]
-        dtype = FLOATS.get(info.type, np.dtype(np.uint8))
-        count = math.prod(info.raw_shape)
-        if count == 0:
-            return np.zeros(info.raw_shape, dtype)
-        return np.frombuffer(self._mapped[info.part], dtype, count, info.offset).reshape(info.raw_shape)
+        return self._view(info.part, info.offset, info.raw_shape, FLOATS.get(info.type, np.dtype(np.uint8)))
 
     def dequantize(self, name: str) -> Float32[np.ndarray, "..."]:
         """A whole tensor in float32."""
         info, raw = self.infos[name], self[name]
         return raw.astype(np.float32) if info.type in FLOATS else ggml_blocks.dequantize(raw, info.type)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.infos)
-
-    def __len__(self) -> int:
-        return len(self.infos)
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def will_need(self, view: np.ndarray) -> None:
-        """Has the system read ahead what a view of these files spans."""
-        self._advise(view, "MADV_WILLNEED")
-
-    def release(self, view: np.ndarray) -> None:
-        """Gives back the memory into which a view of these files was read. It stays usable, and would be read again."""
-        self._advise(view, "MADV_DONTNEED")
-
-    def _advise(self, view: np.ndarray, advice: str) -> None:
-        low, high = np.lib.array_utils.byte_bounds(view)
-        if view.size == 0 or not hasattr(mmap, advice):  # Windows has no such advice
-            return
-        for address, part in zip(self._addresses, self._mapped, strict=True):
-            if address <= low and high <= address + len(part):
-                start = (low - address) // mmap.PAGESIZE * mmap.PAGESIZE
-                part.madvise(getattr(mmap, advice), start, high - address - start)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -345,19 +307,10 @@ def _info(path: Path, name: str, info: TensorInfo) -> TensorInfo:
 def _place(cursor: _Cursor, infos: dict[str, TensorInfo], alignment: int, size: int) -> dict[str, TensorInfo]:
     """The same tensors with offsets into the file, each checked: aligned, behind the one before it, within the file."""
     path, start = cursor.path, cursor.at + -cursor.at % alignment
-    end = 0
-    for name, info in sorted(infos.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+    for name, info in infos.items():
         if info.offset % alignment:
             raise CheckpointError(f"{path}: {name!r} begins at {info.offset}, which is not aligned to {alignment}")
-        if info.offset != end + -end % alignment:
-            what = "overlaps the tensor before it" if info.offset < end else "leaves a gap before it"
-            raise CheckpointError(f"{path}: the tensor {name!r} {what}; the file is damaged")
-        end = info.offset + info.nbytes
-        if start + end > size:
-            raise CheckpointError(
-                f"{path} is truncated: the tensor {name!r} ends at byte {start + end}, the file at {size}; "
-                "download or write it again"
-            )
+    end_to_end(path, ((name, info.offset, info.nbytes) for name, info in infos.items()), start, size, alignment)
     return {name: TensorInfo(info.type, info.shape, start + info.offset, info.part) for name, info in infos.items()}
 
 

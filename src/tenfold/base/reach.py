@@ -10,10 +10,13 @@ class Reach:
     Attributes:
         window: the last so many, itself included; None sees all.
         chunk: those of its own chunk, where the sequence is cut into chunks of so many from its start; None sees all.
+        recurrent: all that it sees of those before it is a state: what is held is not an entry for every token, but for
+            every block of tokens the state after the last one of them.
     """
 
     window: int | None = None
     chunk: int | None = None
+    recurrent: bool = False
 
     @property
     def limited(self) -> bool:
@@ -32,3 +35,4 @@ class Reach:
 
 
 FULL = Reach()
+RECURRENT = Reach(window=2, recurrent=True)  # the state after the token before, and its own

@@ -80,7 +80,7 @@ Quantization = Annotated[
     typer.Option(help="int8 or int4: round the weights while they are loaded.", rich_help_panel=_ENGINE),
 ]
 KvCacheDtype = Annotated[
-    str, typer.Option(help="auto, or int8: keys and values in 8 bits, on a CPU.", rich_help_panel=_ENGINE)
+    str, typer.Option(help="auto, or int8 or fp8: keys and values in 8 bits.", rich_help_panel=_ENGINE)
 ]
 MaxModelLen = Annotated[
     str | None, typer.Option(help="Longest prompt and output together, such as 4096 or 4K.", rich_help_panel=_ENGINE)

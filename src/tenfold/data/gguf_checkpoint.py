@@ -1,23 +1,44 @@
 """A GGUF file as a checkpoint directory in Hugging Face's layout, which is what everything else reads.
 
-Configuration, tokenizer and chat template are written once, from the file's metadata; the weights stay where they are,
-and links lead to them.
+Configuration, tokenizer, chat template and defaults of sampling are written once, from the file's metadata; the weights
+stay where they are, and links lead to them.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
+import os
+import shutil
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub.utils import WeakFileLock
 
 from tenfold.base import gguf, gguf_names
-from tenfold.base.errors import TokenizerError
+from tenfold.base.errors import CheckpointError, TokenizerError
 from tenfold.base.files import atomic_directory, find_gguf, gguf_pattern, matches
 from tenfold.base.gguf import GGUFFile
 from tenfold.base.paths import cache_dir
 from tenfold.data.gguf_tokenizer import build_tokenizer, read_end_token_ids
+
+log = logging.getLogger(__name__)
+
+KEPT = 32  # directories; those that were wanted the longest ago are removed
+
+_SAMPLING = "general.sampling."
+_SAMPLING_FIELDS = {  # of generation_config.json
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+_OTHER_SAMPLERS = ("sequence", "mirostat", "xtc_probability", "penalty_last_n")
+_NOTHING = (0, -1, "")  # of them: 0 turns one off, and a penalty over the last -1 tokens is ours, over all
 
 
 def prepare(path: Path, *, tokenizer: bool = True) -> Path:
@@ -56,7 +77,22 @@ def prepare(path: Path, *, tokenizer: bool = True) -> Path:
                     (staging / name).write_text(text, encoding="utf-8")
                 for file in files:
                     (staging / file.name).symlink_to(file)
+        now = time.time_ns()  # finer than the clock of the file system
+        with contextlib.suppress(PermissionError):  # another user's, in a cache that is shared
+            os.utime(directory, ns=(now, now))
+        _prune(home)
+    lacking = [key for key in _OTHER_SAMPLERS if model.metadata.get(_SAMPLING + key, 0) not in _NOTHING]
+    if lacking:
+        names = ", ".join(_SAMPLING + key for key in lacking)
+        log.warning("%s: %s are not implemented; sampling goes without.", files[0], names)
     return directory
+
+
+def _prune(home: Path) -> None:
+    """Removes the directories past `KEPT`: whoever still needs one has seen so many other files come since."""
+    made = [entry for entry in home.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    for old in sorted(made, key=lambda entry: entry.stat().st_mtime_ns, reverse=True)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _describe(model: GGUFFile, tokenizer: bool) -> dict[str, Any]:
@@ -71,8 +107,25 @@ def _describe(model: GGUFFile, tokenizer: bool) -> dict[str, Any]:
         ends = built.end_token_ids
     else:
         ends = _end_token_ids(model)
-    if ends:
-        found["generation_config.json"] = {"bos_token_id": config["bos_token_id"], "eos_token_id": list(ends)}
+    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": list(ends)} if ends else {}
+    generation |= _sampling(model)
+    if generation:
+        found["generation_config.json"] = generation
+    return found
+
+
+def _sampling(model: GGUFFile) -> dict[str, float | int]:
+    """What the metadata say of sampling, in the words of generation_config.json."""
+    found: dict[str, float | int] = {}
+    for name, field in _SAMPLING_FIELDS.items():
+        value = model.metadata.get(_SAMPLING + name)
+        if value is None:
+            continue
+        if type(value) not in (int, float) or not np.isfinite(value):
+            raise CheckpointError(f"{model.path}: {_SAMPLING}{name} must be a number; it is {value!r}")
+        found[field] = float(str(np.float32(value))) if type(value) is float else value  # 0.95, as was meant
+    if model.metadata.get(f"{_SAMPLING}penalty_last_n") == 0:  # tokens that the penalty looks back on
+        found.pop("repetition_penalty", None)
     return found
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tenfold.base.errors import ConfigError
 
-KV_CACHE_DTYPES = ("auto", "int8")
+KV_CACHE_DTYPES = {"auto": None, "int8": "int8", "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +20,15 @@ class EngineConfig:
         cache_memory: bytes of the paged cache; None takes `memory_utilization` of what the device has left.
         memory_utilization: share of the device's memory for weights and cache together.
         enable_prefix_caching: keep and reuse pages of earlier prompts with the same beginning.
+        state_interval: recurrent layers keep the state after every so many tokens of a prompt, rounded up to whole
+            pages: what a prompt with the same beginning can start from.
         decode_slowdown: a step that also computes part of a prompt may take this many times as long as its decodes
             alone; inf lets prompts take the whole budget.
         max_waiting: sequences that may wait for a slot; more are refused.
         dtype: "auto" computes in the fastest type at the checkpoint's precision on this device.
         quantization: "int8" or "int4" rounds the weights when they are loaded; None takes them as they are.
-        kv_cache_dtype: "auto" holds keys and values in the type that is computed in; "int8" in 8 bits with a scale for
-            each token and head, on a CPU with the native kernels.
+        kv_cache_dtype: "auto" holds keys and values in the type that is computed in; "int8" and "fp8" ("fp8_e4m3") in 8
+            bits with a scale for each token and head.
         seed: of the seeds drawn for requests that bring none.
     """
 
@@ -37,6 +39,7 @@ class EngineConfig:
     cache_memory: int | None = None
     memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
+    state_interval: int = 512
     decode_slowdown: float = 1.75
     max_waiting: int = 1024
     dtype: str = "auto"
@@ -45,7 +48,7 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_waiting"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "state_interval", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; it is {getattr(self, name)}.")
         if self.max_model_len is not None and self.max_model_len < 2:

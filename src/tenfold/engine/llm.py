@@ -77,7 +77,7 @@ class LLM:
         revision: of a Hugging Face id.
         dtype: "auto", "float32", "bfloat16" or "float16".
         quantization: "int8" or "int4" rounds the weights while they are loaded.
-        kv_cache_dtype: "auto", or "int8" for keys and values in 8 bits, on a CPU.
+        kv_cache_dtype: "auto", or "int8" or "fp8" for keys and values in 8 bits.
         max_model_len: longest sequence, prompt and output together.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: token budget of a step.

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import psutil
 from jax.typing import DTypeLike
 
 from tenfold.base.errors import ConfigError, MemoryBudgetError
 from tenfold.base.reach import Reach
-from tenfold.engine.config import EngineConfig
+from tenfold.engine.config import KV_CACHE_DTYPES, EngineConfig
 from tenfold.engine.pages import Group
 from tenfold.models.family import Model
 from tenfold.nn.cache import CacheSpec
@@ -45,7 +46,7 @@ def free_memory(device: Any) -> int:
 
 def cache_dtype(config: EngineConfig, dtype: DTypeLike) -> jnp.dtype:
     """What keys and values are held in, where `dtype` is computed in."""
-    return jnp.dtype("int8" if config.kv_cache_dtype == "int8" else dtype)
+    return jnp.dtype(KV_CACHE_DTYPES[config.kv_cache_dtype] or dtype)
 
 
 def plan_cache(
@@ -74,9 +75,7 @@ def plan_cache(
             f"max_model_len={longest} is longer than the {model.config.max_len} positions that the model was made for."
         )
     while True:
-        plan = _plan(
-            [spec for spec in model.cache_specs() if spec], config, cache_dtype(config, dtype), longest, budget
-        )
+        plan = _plan(jax.tree.leaves(model.cache_specs()), config, cache_dtype(config, dtype), longest, budget)
         if plan.num_bytes <= budget:
             return plan
         if config.max_model_len is not None or longest <= 64:
@@ -95,15 +94,26 @@ def _plan(specs: Sequence[CacheSpec], config: EngineConfig, dtype: DTypeLike, lo
     bytes_of = dict.fromkeys(reaches, 0)
     for spec in specs:
         bytes_of[spec.reach] += spec.page_bytes(B, dtype)
-    wanted = {reach: blocks_of(reach, longest, config.max_num_batched_tokens, B) for reach in reaches}
+    wanted = {reach: blocks_of(reach, longest, config) for reach in reaches}
     null_pages = sum(bytes_of.values())
     each = sum(wanted[reach] * bytes_of[reach] for reach in reaches)
     sequences = min(max(1.0, (budget - null_pages) / each), float(config.max_num_seqs))
-    groups = tuple(Group(reach, 1 + int(wanted[reach] * sequences)) for reach in reaches)
+    groups = tuple(Group(reach, 1 + int(wanted[reach] * sequences), _every(reach, config)) for reach in reaches)
     return CachePlan(groups, longest, sum(group.num_pages * bytes_of[group.reach] for group in groups))
 
 
-def blocks_of(reach: Reach, length: int, chunk: int, block_size: int) -> int:
-    """The most blocks that a sequence of `length` tokens owns at once: what is in reach, and a chunk being computed."""
-    seen = length if reach.most is None else min(length, reach.most + chunk + block_size)
-    return -(-seen // block_size)
+def _every(reach: Reach, config: EngineConfig) -> int:
+    """Of how many blocks one keeps its page: `Group.every`."""
+    return -(-config.state_interval // config.block_size) if reach.recurrent else 1
+
+
+def blocks_of(reach: Reach, length: int, config: EngineConfig) -> int:
+    """The most pages that a sequence of `length` tokens owns at once: what is in reach, and a chunk being computed.
+
+    Of recurrent layers these are the state that the chunk starts from, those that it keeps on its way, and its last.
+    """
+    B, chunk = config.block_size, config.max_num_batched_tokens
+    if reach.recurrent:
+        return min(-(-length // B), 2 + -(-chunk // (_every(reach, config) * B)))
+    seen = length if reach.most is None else min(length, reach.most + chunk + B)
+    return -(-seen // B)

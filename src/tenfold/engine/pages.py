@@ -84,10 +84,18 @@ class PagePool:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that share a block table, because their tokens see equally far back."""
+    """Layers that share a block table, because their tokens see equally far back.
+
+    Attributes:
+        reach: how far.
+        num_pages: of its pool, the null page among them.
+        every: every so manieth block of a sequence keeps its page for the prefix cache, and of those that a step passes
+            only these and the last get one at all. Recurrent layers need no others, and their states are large.
+    """
 
     reach: Reach
     num_pages: int
+    every: int = 1
 
 
 class PageLedger:
@@ -151,41 +159,51 @@ class PageLedger:
             seq.tables.append(table)
             seq.dropped.append(first)
         seq.computed = cached
-        seq.registered = blocks
+        seq.registered = [blocks] * len(self.groups)
 
-    def missing(self, seq: Sequence, length: int) -> list[int]:
-        """For each group, pages to allocate so that `seq` can hold `length` tokens."""
+    def missing(self, seq: Sequence, length: int) -> list[list[bool]]:
+        """For each group the blocks to add so that `seq` can hold `length` tokens: whether they get a page."""
         blocks = -(-length // self.block_size)
-        return [max(0, blocks - len(table)) for table in seq.tables]
+        return [
+            [(block + 1) % group.every == 0 or block == blocks - 1 for block in range(len(table), blocks)]
+            for group, table in zip(self.groups, seq.tables, strict=True)
+        ]
 
     def fits(self, seq: Sequence, length: int) -> bool:
         """Whether `grow` to `length` tokens would succeed."""
         wanted = self.missing(seq, length)
-        return all(pool.num_free >= n for pool, n in zip(self.pools, wanted, strict=True))
+        return all(pool.num_free >= sum(paged) for pool, paged in zip(self.pools, wanted, strict=True))
 
     def grow(self, seq: Sequence, length: int) -> None:
         """Gives `seq` the pages for `length` tokens. Only after `fits`."""
-        for pool, table, n in zip(self.pools, seq.tables, self.missing(seq, length), strict=True):
-            table.extend(pool.allocate() for _ in range(n))
+        for pool, table, paged in zip(self.pools, seq.tables, self.missing(seq, length), strict=True):
+            table.extend(pool.allocate() if wanted else 0 for wanted in paged)
 
     def trim(self, seq: Sequence) -> None:
         """Gives back the pages that no token from `seq.computed` on can see."""
         for i, (pool, group) in enumerate(zip(self.pools, self.groups, strict=True)):
             first = min(self._first_visible(group, seq.computed), len(seq.tables[i]))
             for block in range(seq.dropped[i], first):
-                pool.release(seq.tables[i][block])
-                seq.tables[i][block] = 0
+                if seq.tables[i][block]:
+                    pool.release(seq.tables[i][block])
+                    seq.tables[i][block] = 0
             seq.dropped[i] = max(seq.dropped[i], first)
 
-    def register(self, seq: Sequence) -> None:
-        """Makes the full blocks of `seq` that are computed and known findable for other sequences."""
+    def register(self, seq: Sequence, *, dispatched: bool) -> None:
+        """Makes the full blocks of `seq` that are computed and known findable for other sequences.
+
+        `dispatched`: the step that computes them is on its way, so that whoever finds them runs after it. Until then
+        only those may be found that can be read in the very step that writes them, which a state cannot.
+        """
         seq.extend_hashes(self.block_size)
         full = min(seq.computed // self.block_size, len(seq.hashes))
-        for pool, table in zip(self.pools, seq.tables, strict=True):
-            for block in range(seq.registered, full):
-                if table[block]:
+        for i, (pool, group, table) in enumerate(zip(self.pools, self.groups, seq.tables, strict=True)):
+            if group.reach.recurrent and not dispatched:
+                continue
+            for block in range(seq.registered[i], full):
+                if table[block] and (block + 1) % group.every == 0:
                     pool.register(table[block], seq.hashes[block])
-        seq.registered = max(seq.registered, full)
+            seq.registered[i] = max(seq.registered[i], full)
 
     def free(self, seq: Sequence) -> None:
         """Gives back everything that `seq` owns; the last pages first, so that a prefix outlives its continuations."""
@@ -193,7 +211,7 @@ class PageLedger:
             for page in reversed(table):
                 if page:
                     pool.release(page)
-        seq.tables, seq.dropped, seq.computed, seq.registered = [], [], 0, 0
+        seq.tables, seq.dropped, seq.computed, seq.registered = [], [], 0, []
 
     def forget(self) -> None:
         """Empties the prefix cache; sequences keep their pages."""

@@ -12,9 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tenfold.base.reach import Reach
-from tenfold.kernels import sampling
+from tenfold.kernels import latent_attention, sampling
 from tenfold.kernels.attention import AttentionSpec, Heads
+from tenfold.kernels.convolution import ConvolutionSpec, short_convolution
+from tenfold.kernels.latent_attention import LatentSpec, paged_latent_attention
 from tenfold.kernels.paged_attention import Cache, NativeCache, RaggedBatch, paged_attention, read, update, write
+from tenfold.kernels.recurrence import RecurrenceSpec, paged_recurrence
 from tenfold.kernels.sampling import SamplingBatch
 from tenfold.models.family import Model
 from tenfold.nn.param import Tree
@@ -47,36 +50,47 @@ class StepBatch(NamedTuple):
 
 def forward(
     params: Tree,
-    caches: Sequence[Cache | None],
+    caches: Sequence[Any],
     history: Int[Array, "R X"],
     batch: StepBatch,
     *,
     model: Model,
     reaches: tuple[Reach, ...],
+    block_size: int,
     decode_only: bool,
-) -> tuple[list[Cache | None], Float[Array, "T D"], Float[Array, "S D"]]:
-    """Computes a step: writes its keys and values, and returns all hidden states and those of each row's last token.
+) -> tuple[list[Any], Float[Array, "T D"], Float[Array, "S D"]]:
+    """Computes a step: writes the caches, and returns all hidden states and those of each row's last token.
 
     `reaches` are those of the layer groups; `decode_only`: every row has one token. The caches are meant to be donated.
     """
 
-    def attend(heads: Heads, cache: Cache, spec: AttentionSpec) -> tuple[jax.Array, Cache]:
+    def attend(inputs: Any, cache: Any, spec: Any) -> tuple[jax.Array, Any]:
         group = reaches.index(spec.reach)
         ragged = RaggedBatch(
             batch.block_tables[group], batch.kv_lens, batch.query_starts, batch.num_decodes, batch.num_seqs
         )
+        match spec:
+            case ConvolutionSpec():
+                return short_convolution(inputs, cache, ragged, block_size, decode_only=decode_only)
+            case LatentSpec():
+                cache = latent_attention.write(cache, inputs, batch.pages[group], batch.offsets)
+                return paged_latent_attention(inputs, cache, ragged, spec, decode_only=decode_only), cache
+            case RecurrenceSpec():
+                return paged_recurrence(inputs, cache, ragged, block_size, decode_only=decode_only)
+            case _:
+                return attend_heads(inputs, cache, spec, ragged, batch.pages[group])
+
+    def attend_heads(
+        heads: Heads, cache: Cache, spec: AttentionSpec, ragged: RaggedBatch, pages: jax.Array
+    ) -> tuple[jax.Array, Cache]:
         q, k, v = heads
-        if k is None or v is None:  # this step's are in another layer's cache already
-            native = isinstance(cache, NativeCache)
-            o = (
-                read(q, cache, ragged, spec)
-                if native
-                else paged_attention(q, cache, ragged, spec, decode_only=decode_only)
-            )
-            return o, cache
+        if k is None or v is None:  # this step's are in the cache already, which is another layer's
+            if isinstance(cache, NativeCache):
+                return read(q, cache, ragged, spec), cache
+            return paged_attention(q, cache, ragged, spec, decode_only=decode_only), cache
         if isinstance(cache, NativeCache):
             return update(q, k, v, cache, ragged, spec)
-        cache = write(cache, k, v, batch.pages[group], batch.offsets)
+        cache = write(cache, k, v, pages, batch.offsets)
         return paged_attention(q, cache, ragged, spec, decode_only=decode_only), cache
 
     tokens = history[batch.slots, batch.positions]

@@ -33,8 +33,9 @@ class Sequence:
         slot: row of the device's token history while running, else -1.
         computed: tokens whose keys and values are in the cache once every dispatched step is done.
         pending: tokens sampled by dispatched steps that the host has not seen yet.
-        tables: for each layer group the page of every block; 0 where the window has passed.
+        tables: for each layer group the page of every block; 0 where the window has passed, or no state is kept.
         dropped: for each layer group, how many leading blocks the window has passed.
+        registered: for each layer group, how many leading blocks others have been able to find.
         hashes: content hash of every full block of known tokens; each covers all before it.
         root: what the first hash starts from: separates requests that must not share pages.
         cached: prompt tokens found in the prefix cache at first admission, or None before it.
@@ -57,8 +58,8 @@ class Sequence:
     pending: int = 0
     tables: list[list[int]] = field(default_factory=list[list[int]])
     dropped: list[int] = field(default_factory=list[int])
+    registered: list[int] = field(default_factory=list[int])
     hashes: list[bytes] = field(default_factory=list[bytes])
-    registered: int = 0
     root: bytes = b""
     cached: int | None = None
     lookup: bool = True

@@ -75,9 +75,9 @@ class Runner:
         dtype = model.activation_dtype(params)
         on_native = native.available(jax.tree.leaves(params)[0].devices().pop())
         held = cache_dtype(config, dtype)
-        self._caches = [
-            spec and spec.make(pages[spec.reach], B, dtype, native=on_native, held=held) for spec in model.cache_specs()
-        ]
+        self._caches = jax.tree.map(
+            lambda spec: spec.make(pages[spec.reach], B, dtype, native=on_native, held=held), list(model.cache_specs())
+        )
         self._history = jnp.zeros((config.max_num_seqs + 1, max_len), jnp.int32)
         self._decodes = token_buckets(1, config.max_num_seqs)
         self._mixed = token_buckets(SMALLEST_MIXED, max(config.max_num_batched_tokens, SMALLEST_MIXED))
@@ -116,7 +116,13 @@ class Runner:
         hidden = jax.ShapeDtypeStruct((size, width), dtype)
         ints = jax.ShapeDtypeStruct((size,), jnp.int32)
         if name in ("decode", "mixed"):
-            step = partial(programs.forward, model=self.model, reaches=self._reaches, decode_only=name == "decode")
+            step = partial(
+                programs.forward,
+                model=self.model,
+                reaches=self._reaches,
+                block_size=self.config.block_size,
+                decode_only=name == "decode",
+            )
             fn = jax.jit(step, donate_argnums=1)
             return fn.lower(params, abstract(self._caches), history, abstract(self._step_batch((), size)))
         if name == "sample":

@@ -162,13 +162,13 @@ class Scheduler:
 
     def _claim(self, seq: Sequence, length: int, *, admitted: bool) -> Chunk:
         """Gives the chunk its pages. Its full blocks can be shared at once: whoever reads them runs later, or in this
-        very step, where every layer writes the cache before it reads it."""
+        very step, where every layer writes the cache before it reads it. Only states cannot: they wait for `trim`."""
         self.ledger.grow(seq, seq.computed + length)
         start = seq.computed
         seq.computed += length
         samples = seq.computed == seq.known
         self.counters.prompt_tokens += max(0, min(seq.computed, seq.prompt_length) - start)
-        self.ledger.register(seq)
+        self.ledger.register(seq, dispatched=False)
         if samples:
             seq.pending += 1
         return Chunk(seq, start, length, samples, admitted)
@@ -178,11 +178,12 @@ class Scheduler:
         seq.tokens.append(token)
         seq.pending -= 1
         if seq.status is Status.RUNNING:
-            self.ledger.register(seq)
+            self.ledger.register(seq, dispatched=True)
 
     def trim(self) -> None:
-        """Gives back pages that windows have passed; after a plan is dispatched."""
+        """Lets states be found and gives back pages that windows have passed; after a plan is dispatched."""
         for seq in self.running:
+            self.ledger.register(seq, dispatched=True)
             self.ledger.trim(seq)
 
     def finish(self, seq: Sequence) -> None:

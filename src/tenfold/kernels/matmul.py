@@ -36,6 +36,8 @@ MAX_SHARED = 128  # inputs whose activations share a scale, at most
 class QuantizedWeight:
     """weight = scale · (code - zero), or scale · code - min where there are mins.
 
+    Of several experts, all arrays have a leading dim E, and so have the results of the methods.
+
     Attributes:
         codes: uint8 [D, N]; of 4 bits, [D / 2, N] with the even input in the low half of a byte.
         scales: float32 [G, N]; D / G inputs share one.
@@ -54,26 +56,28 @@ class QuantizedWeight:
 
     @property
     def inputs(self) -> int:
-        return self.codes.shape[0] * 8 // self.bits
+        return self.codes.shape[-2] * 8 // self.bits
 
     @property
     def group(self) -> int:
-        return self.inputs // self.scales.shape[0]
+        return self.inputs // self.scales.shape[-2]
 
-    def unpacked(self) -> UInt8[Array, "D N"]:
+    def unpacked(self) -> UInt8[Array, "*E D N"]:
         """The codes, one per byte."""
         if self.bits == 8:
             return self.codes
-        return jnp.stack([self.codes & 15, self.codes >> 4], axis=1).reshape(self.inputs, -1)
+        *leading, _, N = self.codes.shape
+        return jnp.stack([self.codes & 15, self.codes >> 4], axis=-2).reshape(*leading, self.inputs, N)
 
-    def dequantize(self, dtype: DTypeLike) -> Float[Array, "D N"]:
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "*E D N"]:
         """The weights as numbers."""
-        codes = self.unpacked().astype(jnp.float32).reshape(-1, self.group, self.codes.shape[1])
+        *leading, _, N = self.codes.shape
+        codes = self.unpacked().astype(jnp.float32).reshape(*leading, -1, self.group, N)
         if self.mins is None:
-            values = (codes - self.zero) * self.scales[:, None]
+            values = (codes - self.zero) * self.scales[..., None, :]
         else:
-            values = codes * self.scales[:, None] - self.mins[:, None]
-        return values.reshape(self.inputs, -1).astype(dtype)
+            values = codes * self.scales[..., None, :] - self.mins[..., None, :]
+        return values.reshape(*leading, self.inputs, N).astype(dtype)
 
 
 @functools.partial(
@@ -84,6 +88,8 @@ class QuantizedWeight:
 @dataclass(frozen=True, kw_only=True)
 class PackedWeight:
     """A weight in the panels of the native operations; see src/native/kernels.h for what stands where.
+
+    Of several experts, all arrays have a leading dim E.
 
     Attributes:
         data: [P, D / k, 32, k], with k inputs together (for 4 bits two of them in a byte).
@@ -158,21 +164,30 @@ def matmul(x: Float[Array, "M D"], *weights: Weight, dtype: DTypeLike | None = N
     for packing, alike in itertools.groupby(weights, lambda w: w.format if isinstance(w, PackedWeight) else None):
         if packing:
             packed = [w for w in alike if isinstance(w, PackedWeight)]
-            results += _native(x, packed, jnp.dtype(dtype or x.dtype))
+            results += native_products(x, packed, jnp.dtype(dtype or x.dtype))
         else:
             results += [reference(x, w, dtype) for w in alike]
     return tuple(results)
 
 
-def _native(x: jax.Array, weights: Sequence[PackedWeight], dtype: jnp.dtype) -> Sequence[jax.Array]:
+def native_products(
+    x: Float[Array, "M D"],
+    weights: Sequence[PackedWeight],
+    dtype: jnp.dtype,
+    group_sizes: Int[Array, " E"] | None = None,
+) -> Sequence[jax.Array]:
+    """x · w for weights of one format, by the native operations; of groups of rows and a weight of each, where there
+    are group sizes."""
     assert native.library(), "packed weights need the native operations"
+    name, sizes = ("tenfold_matmul", ()) if group_sizes is None else ("tenfold_grouped_matmul", (group_sizes,))
     outputs = [jax.ShapeDtypeStruct((x.shape[0], math.prod(w.dims)), dtype) for w in weights]
     arrays = [array for w in weights for array in (w.data, w.scales, w.mins) if array is not None]
     first = weights[0]
     if first.scales is None:
-        return jax.ffi.ffi_call("tenfold_matmul", outputs)(x, *arrays)
-    return jax.ffi.ffi_call("tenfold_matmul_quantized", outputs)(
+        return jax.ffi.ffi_call(name, outputs)(x, *sizes, *arrays)
+    return jax.ffi.ffi_call(f"{name}_quantized", outputs)(
         x,
+        *sizes,
         *arrays,
         bits=np.int64(first.bits),
         group=np.int64(first.group),
@@ -183,7 +198,7 @@ def _native(x: jax.Array, weights: Sequence[PackedWeight], dtype: jnp.dtype) -> 
 
 def packs(weight: QuantizedWeight) -> bool:
     """Whether the native operations have the weight's groups: of a multiple of 8 inputs, and above 128 of 128."""
-    return len(weight.scales) == 1 or weight.group % (8 if weight.group <= MAX_SHARED else MAX_SHARED) == 0
+    return weight.scales.shape[-2] == 1 or weight.group % (8 if weight.group <= MAX_SHARED else MAX_SHARED) == 0
 
 
 def pack(weight: jax.Array | QuantizedWeight, dims: tuple[int, ...] | None = None) -> PackedWeight:
@@ -198,6 +213,11 @@ def pack(weight: jax.Array | QuantizedWeight, dims: tuple[int, ...] | None = Non
     bits = weight.dtype.itemsize * 8
     data = _panels(weight, TOGETHER[bits], 1)
     return PackedWeight(data=data, bits=bits, inputs=weight.shape[0], dims=dims or (weight.shape[1],))
+
+
+def pack_experts(weight: jax.Array | QuantizedWeight, dims: tuple[int, ...]) -> PackedWeight:
+    """Repacks a weight of each expert, [E, D, N]; as `pack`."""
+    return jax.vmap(functools.partial(pack, dims=dims))(weight)
 
 
 @jax.jit

@@ -19,6 +19,8 @@ TARGETS = (
     "tenfold_layer_norm",
     "tenfold_matmul",
     "tenfold_matmul_quantized",
+    "tenfold_grouped_matmul",
+    "tenfold_grouped_matmul_quantized",
     "tenfold_paged_attention",
     "tenfold_paged_attention_update",
     "tenfold_rms_norm",

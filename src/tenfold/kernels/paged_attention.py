@@ -5,10 +5,15 @@ holds, so one compiled program serves every mix of prefill and decode of its tok
 online (Milakov and Gimelshein, 2018), always over the same chunks of the sequence, so that a token's result does not
 depend on what else is in the batch or on how its prompt was cut into steps.
 
+A cache may hold its elements in 8 bits, as int8 or fp8 (e4m3fn), with a float32 scale for every token of a head, so
+that the largest magnitude there becomes the largest code. fp8 has scales too: without, values above 448 would be cut
+off and those below 2^-6 lose bits, to save 4 bytes beside a head of 64 or 128.
+
 Dims: T packed tokens, S sequences, H query heads, J key-value heads, G = H / J, K head dim, P pages, B tokens of a
 page, N pages of the longest sequence, C pages of a chunk.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -23,21 +28,25 @@ from tenfold.kernels.attention import NEG_INF, AttentionSpec, scores_mask, soft_
 CHUNK_TOKENS = 256  # keys that one pass of the softmax covers
 QUERY_BLOCK = 64  # prefill queries that share one pass over the keys
 DECODE_ROWS = 8  # decoding sequences that share one pass over the keys
+LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}  # element of each 8-bit type
 
 
 class PagedCache(NamedTuple):
     """The keys and values of one layer. Page 0 is the null page: padding is written there and nothing reads it.
 
     Keys lie transposed within a page, so that scores are products of a row with a matrix, the fast case on a CPU.
+    Elements of 8 bits have a scale for every token of a head.
     """
 
-    k: Float[Array, "P J K B"]
-    v: Float[Array, "P J B K"]
+    k: Shaped[Array, "P J K B"]
+    v: Shaped[Array, "P J B K"]
+    k_scales: Float[Array, "P J B"] | None = None
+    v_scales: Float[Array, "P J B"] | None = None
 
 
 class NativeCache(NamedTuple):
     """The same for the native operations of a CPU, in words of u = 4 / (bytes of an element) neighbours along the dim
-    that is added over; int8 elements have a scale for every token of a head. See src/native/attention.h."""
+    that is added over. See src/native/attention.h."""
 
     k: Shaped[Array, "P J K/u B u"]
     v: Shaped[Array, "P J B/u K u"]
@@ -68,36 +77,49 @@ class RaggedBatch(NamedTuple):
 
 def make_cache(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> PagedCache:
     """An empty cache of `num_pages` pages, the null page among them."""
+    k_scales, v_scales = _make_scales(num_pages, page_size, num_kv_heads, dtype)
     return PagedCache(
         k=jnp.zeros((num_pages, num_kv_heads, head_dim, page_size), dtype),
         v=jnp.zeros((num_pages, num_kv_heads, page_size, head_dim), dtype),
+        k_scales=k_scales,
+        v_scales=v_scales,
     )
 
 
 def make_native_cache(
     num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
 ) -> NativeCache:
-    """An empty cache for the native operations, float32, bfloat16 or int8; head and page hold whole words."""
+    """An empty cache for the native operations, of a dtype that they have; head and page hold whole words."""
     together = 4 // jnp.dtype(dtype).itemsize
-    scales = jnp.zeros((num_pages, num_kv_heads, page_size)) if jnp.dtype(dtype) == jnp.int8 else None
+    k_scales, v_scales = _make_scales(num_pages, page_size, num_kv_heads, dtype)
     return NativeCache(
         k=jnp.zeros((num_pages, num_kv_heads, head_dim // together, page_size, together), dtype),
         v=jnp.zeros((num_pages, num_kv_heads, page_size // together, head_dim, together), dtype),
-        k_scales=scales,
-        v_scales=None if scales is None else jnp.zeros_like(scales),
+        k_scales=k_scales,
+        v_scales=v_scales,
     )
+
+
+def _make_scales(
+    num_pages: int, page_size: int, num_kv_heads: int, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
+    """Those of keys and of values, arrays of their own as each is donated."""
+    if jnp.dtype(dtype) not in LARGEST:
+        return None, None
+    shape = (num_pages, num_kv_heads, page_size)
+    return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
 
 
 def has_native_cache(page_size: int, head_dim: int, dtype: DTypeLike) -> bool:
     """Whether the native operations can hold such pages."""
     together = 4 // jnp.dtype(dtype).itemsize
-    known = jnp.dtype(dtype).name in ("float32", "bfloat16", "int8")
+    known = jnp.dtype(dtype).name in ("float32", "bfloat16", "int8", "float8_e4m3fn")
     return known and page_size % max(together, 8) == 0 and head_dim % together == 0
 
 
 def page_bytes(page_size: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
     """Bytes of one page of one layer."""
-    scales = 4 if jnp.dtype(dtype) == jnp.int8 else 0
+    scales = 4 if jnp.dtype(dtype) in LARGEST else 0
     return 2 * page_size * num_kv_heads * (head_dim * jnp.dtype(dtype).itemsize + scales)
 
 
@@ -164,10 +186,43 @@ def write(
     Values are made finite: a page that is given to another sequence is read before it is full, and its old values are
     multiplied by 0, which must give 0.
     """
-    v = jnp.nan_to_num(v.astype(cache.v.dtype))
-    k_pages = cache.k.at[pages, :, :, offsets].set(k.astype(cache.k.dtype), mode="promise_in_bounds")
+    k_scales, v_scales = cache.k_scales, cache.v_scales
+    if k_scales is None or v_scales is None:
+        k, v = k.astype(cache.k.dtype), jnp.nan_to_num(v.astype(cache.v.dtype))
+    else:
+        k, new_k_scales = _codes(k, cache.k.dtype)
+        v, new_v_scales = _codes(jnp.nan_to_num(v), cache.v.dtype)
+        k_scales = k_scales.at[pages, :, offsets].set(new_k_scales, mode="promise_in_bounds")
+        v_scales = v_scales.at[pages, :, offsets].set(new_v_scales, mode="promise_in_bounds")
+    k_pages = cache.k.at[pages, :, :, offsets].set(k, mode="promise_in_bounds")
     v_pages = cache.v.at[pages, :, offsets, :].set(v, mode="promise_in_bounds")
-    return PagedCache(k_pages, v_pages)
+    return PagedCache(k_pages, v_pages, k_scales, v_scales)
+
+
+def _codes(x: Float[Array, "T J K"], dtype: DTypeLike) -> tuple[Shaped[Array, "T J K"], Float[Array, "T J"]]:
+    """Elements of 8 bits and their scales. The scale of a head in which something is not finite is NaN."""
+    wide = x.astype(jnp.float32)
+    peak = jnp.abs(wide).max(-1)
+    largest = LARGEST[jnp.dtype(dtype)]
+    held = (peak > 1e-30) & jnp.isfinite(peak)
+    codes = jnp.where(held[..., None], wide * (largest / jnp.where(held, peak, 1.0))[..., None], 0.0)
+    codes = jnp.rint(codes) if dtype == jnp.int8 else codes
+    return codes.astype(dtype), jnp.where(jnp.isfinite(peak), peak / largest, jnp.nan)
+
+
+def _read(
+    cache: PagedCache, pages: Int[Array, "*n"], dtype: DTypeLike
+) -> tuple[Float[Array, "*n J K B"], Float[Array, "*n J B K"]]:
+    """The keys and values of some pages; those of 8 bits in `dtype`."""
+
+    def take(x: jax.Array) -> jax.Array:
+        return x.at[pages].get(mode="promise_in_bounds")
+
+    k, v = take(cache.k), take(cache.v)
+    if cache.k_scales is not None and cache.v_scales is not None:
+        k = (k.astype(jnp.float32) * take(cache.k_scales)[..., None, :]).astype(dtype)
+        v = (v.astype(jnp.float32) * take(cache.v_scales)[..., None]).astype(dtype)
+    return k, v
 
 
 def reference(
@@ -178,8 +233,8 @@ def reference(
     J, B = cache.k.shape[1], cache.k.shape[3]
     rows = jnp.searchsorted(batch.query_starts, jnp.arange(T), side="right") - 1
     tables = batch.block_tables[jnp.clip(rows, 0, batch.block_tables.shape[0] - 1)]
-    k = cache.k[tables].transpose(0, 1, 4, 2, 3).reshape(T, -1, J, K)
-    v = cache.v[tables].transpose(0, 1, 3, 2, 4).reshape(T, -1, J, K)
+    k, v = _read(cache, tables, q.dtype)
+    k, v = k.transpose(0, 1, 4, 2, 3).reshape(T, -1, J, K), v.transpose(0, 1, 3, 2, 4).reshape(T, -1, J, K)
     scores = jnp.einsum("tjgk,tsjk->tjgs", q.reshape(T, J, H // J, K), k, preferred_element_type=jnp.float32)
     scores = soft_cap(scores * spec.scale, spec.softcap)
     mask = scores_mask(positions[:, None], jnp.arange(tables.shape[1] * B)[None, :], spec.reach)
@@ -202,21 +257,45 @@ def paged_attention(
     Returns:
         The packed outputs; tokens past the last row hold no meaning.
     """
-    T = q.shape[0]
     pages = max(1, CHUNK_TOKENS // cache.k.shape[3])
+    attend = partial(_attend, cache=cache, spec=spec, pages=pages)
+    return attend_rows(attend, q, q.shape[2], batch, pages, decode_only=decode_only)
+
+
+def attend_rows(
+    attend: Callable[..., jax.Array],
+    q: Float[Array, "T H K"],
+    dim: int,
+    batch: RaggedBatch,
+    pages: int,
+    *,
+    decode_only: bool,
+) -> Float[Array, "T H V"]:
+    """Calls `attend` for all queries, several rows or a block of one row at a time.
+
+    Args:
+        attend: attends with queries [R, Q, H, K], the `tables` [R, N] of their sequences and their `positions` [R, Q],
+            where -1 is padding; gives [R, Q, H, V].
+        q: packed queries.
+        dim: V.
+        batch: the rows.
+        pages: that `attend` reads at a time; tables are padded to a multiple.
+        decode_only: every row has one query token.
+    """
+    T = q.shape[0]
     tables = batch.block_tables
     tables = jnp.pad(tables, ((0, -tables.shape[0] % DECODE_ROWS), (0, -tables.shape[1] % pages)))
     batch = batch._replace(block_tables=tables)
-    out = jnp.zeros((T + QUERY_BLOCK, *q.shape[1:]), q.dtype)
+    out = jnp.zeros((T + QUERY_BLOCK, q.shape[1], dim), q.dtype)
     q = jnp.pad(q, ((0, QUERY_BLOCK), (0, 0), (0, 0)))
-    out = _decode_rows(q, out, cache, batch, spec, pages, min(DECODE_ROWS, T))
+    out = _decode_rows(attend, q, out, batch, min(DECODE_ROWS, T))
     if not decode_only:
-        out = _prefill_blocks(q, out, cache, batch, spec, pages)
+        out = _prefill_blocks(attend, q, out, batch)
     return out[:T]
 
 
 def _decode_rows(
-    q: jax.Array, out: jax.Array, cache: PagedCache, batch: RaggedBatch, spec: AttentionSpec, pages: int, rows: int
+    attend: Callable[..., jax.Array], q: jax.Array, out: jax.Array, batch: RaggedBatch, rows: int
 ) -> jax.Array:
     """The rows with one query token, `rows` at a time: token r is row r."""
     kv_lens = jnp.pad(batch.kv_lens, (0, rows))
@@ -227,15 +306,13 @@ def _decode_rows(
         lens = jnp.where(first + jnp.arange(rows) < batch.num_decodes, lens, 0)
         tables = jax.lax.dynamic_slice_in_dim(batch.block_tables, first, rows)
         queries = jax.lax.dynamic_slice_in_dim(q, first, rows)
-        o = _attend(queries[:, None], cache, tables, lens[:, None] - 1, spec, pages)
+        o = attend(queries[:, None], tables=tables, positions=lens[:, None] - 1)
         return jax.lax.dynamic_update_slice_in_dim(out, o[:, 0].astype(out.dtype), first, 0)
 
     return jax.lax.fori_loop(0, (batch.num_decodes + rows - 1) // rows, group, out)
 
 
-def _prefill_blocks(
-    q: jax.Array, out: jax.Array, cache: PagedCache, batch: RaggedBatch, spec: AttentionSpec, pages: int
-) -> jax.Array:
+def _prefill_blocks(attend: Callable[..., jax.Array], q: jax.Array, out: jax.Array, batch: RaggedBatch) -> jax.Array:
     """The other rows, in blocks of queries of one sequence. What a block writes past its row, the next overwrites."""
     S = batch.kv_lens.shape[0]
     row = jnp.arange(S)
@@ -251,7 +328,7 @@ def _prefill_blocks(
         positions = first + jnp.arange(QUERY_BLOCK)
         positions = jnp.where(positions < batch.kv_lens[r], positions, -1)
         queries = jax.lax.dynamic_slice_in_dim(q, start, QUERY_BLOCK)
-        o = _attend(queries[None], cache, batch.block_tables[r][None], positions[None], spec, pages)
+        o = attend(queries[None], tables=batch.block_tables[r][None], positions=positions[None])
         return jax.lax.dynamic_update_slice_in_dim(out, o[0].astype(out.dtype), start, 0)
 
     return jax.lax.fori_loop(0, ends[-1], block, out)
@@ -275,8 +352,7 @@ def _attend(
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         peak, total, acc = carry
         chosen = jax.lax.dynamic_slice_in_dim(tables, i * pages, pages, axis=1)
-        k = cache.k.at[chosen].get(mode="promise_in_bounds")  # R C J K B
-        v = cache.v.at[chosen].get(mode="promise_in_bounds")  # R C J B K
+        k, v = _read(cache, chosen, q.dtype)  # R C J K B, R C J B K
         scores = _scores(q, k)
         scores = soft_cap(scores, spec.softcap).reshape(R, J, Q, G, chunk)
         keys = i * chunk + jnp.arange(chunk)

@@ -2,7 +2,7 @@
 
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tenfold.base.errors import UnsupportedModelError
-from tenfold.kernels.attention import Attend, AttentionSpec
+from tenfold.kernels.attention import Attend
 from tenfold.models import FAMILIES
 from tenfold.nn import hf_config
 from tenfold.nn.cache import CacheSpec
@@ -38,14 +38,13 @@ class FamilyConfig(Protocol):
 class Family(Protocol):
     """What a family's module defines.
 
-    It may also define `unused(c)`: patterns of the names of tensors that its checkpoints hold and it does not use; and
-    READS_PER_LAYER_CONFIG, if it honours that key of config.json.
+    It may also define `skipped(c)`, see `Model.skipped`; and READS_PER_LAYER_CONFIG, if it honours that key.
     """
 
     @property
     def Config(self) -> Any: ...
-    def kinds(self, c: Any) -> tuple[AttentionSpec, ...]: ...
-    def cache_specs(self, c: Any) -> tuple[CacheSpec | None, ...]: ...
+    def kinds(self, c: Any) -> tuple[Hashable, ...]: ...
+    def cache_specs(self, c: Any) -> tuple[CacheSpec | tuple[CacheSpec, ...], ...]: ...
     def params(self, c: Any) -> Tree: ...
     def forward(
         self, p: Tree, c: Any, tokens: jax.Array, positions: jax.Array, attend: Attend, caches: Any = None
@@ -69,18 +68,21 @@ class Model:
         tree = self.family.params(self.config)
         return tree | {"layers": stack_layers(tree["layers"], self.kinds())} if stacked else tree
 
-    def kinds(self) -> tuple[AttentionSpec, ...]:
-        """The attention of each layer."""
+    def kinds(self) -> tuple[Hashable, ...]:
+        """What tells the layers apart; of most families, the attention of each."""
         return self.family.kinds(self.config)
 
-    def cache_specs(self) -> tuple[CacheSpec | None, ...]:
-        """The cache of each layer; None for one that reads another's."""
+    def cache_specs(self) -> tuple[CacheSpec | tuple[CacheSpec, ...], ...]:
+        """The cache of each layer, or its caches; () for one that has none, or reads another's."""
         return self.family.cache_specs(self.config)
 
-    def unused(self) -> tuple[str, ...]:
-        """Patterns of the names of tensors that a checkpoint may hold besides: other modalities, old buffers."""
-        declared = getattr(self.family, "unused", None)
-        return () if declared is None else declared(self.config)
+    def skipped(self) -> tuple[str, ...]:
+        """Shell patterns of tensors that checkpoints have and the model does not use, such as other towers'.
+
+        A family with such defines `skipped(c)`.
+        """
+        skipped = getattr(self.family, "skipped", None)
+        return skipped(self.config) if skipped else ()
 
     def forward(
         self,

@@ -112,7 +112,7 @@ def params(c: Config) -> Tree:
     return text_params(declared)
 
 
-def unused(c: Config) -> tuple[str, ...]:
+def skipped(c: Config) -> tuple[str, ...]:
     """Other modalities."""
     return TOWERS
 

@@ -136,10 +136,10 @@ def kinds(c: Config) -> tuple[Kind, ...]:
     )
 
 
-def cache_specs(c: Config) -> tuple[CacheSpec | None, ...]:
-    """The cache that each layer needs; None where it reads another's."""
+def cache_specs(c: Config) -> tuple[CacheSpec | tuple[CacheSpec, ...], ...]:
+    """The cache that each layer needs; none where it reads another's."""
     return tuple(
-        KeyValueSpec(c.J, c.K, window) if source is None else None
+        KeyValueSpec(c.J, c.K, window) if source is None else ()
         for window, source in zip(c.windows, c.sources, strict=True)
     )
 
@@ -166,7 +166,7 @@ def params(c: Config) -> Tree:
     return text_params(declared)
 
 
-def unused(c: Config) -> tuple[str, ...]:
+def skipped(c: Config) -> tuple[str, ...]:
     """Other modalities, and keys and values of layers that read another's."""
     shared = (i for i, source in enumerate(c.sources) if source is not None)
     return (*TOWERS, *(f"*.layers.{i}.self_attn.{name}.weight" for i in shared for name in ("[kv]_proj", "k_norm")))

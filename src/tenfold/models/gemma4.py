@@ -147,10 +147,10 @@ def kinds(c: Config) -> tuple[Kind, ...]:
     )
 
 
-def cache_specs(c: Config) -> tuple[CacheSpec | None, ...]:
-    """The cache that each layer needs; None where it reads another's."""
+def cache_specs(c: Config) -> tuple[CacheSpec | tuple[CacheSpec, ...], ...]:
+    """The cache that each layer needs; none where it reads another's."""
     layers = zip(c.J, c.K, c.windows, c.sources, strict=True)
-    return tuple(KeyValueSpec(J, K, window) if source is None else None for J, K, window, source in layers)
+    return tuple(KeyValueSpec(J, K, window) if source is None else () for J, K, window, source in layers)
 
 
 def params(c: Config) -> Tree:
@@ -170,7 +170,7 @@ def params(c: Config) -> Tree:
     return text_params(declared)
 
 
-def unused(c: Config) -> tuple[str, ...]:
+def skipped(c: Config) -> tuple[str, ...]:
     """Other modalities, and keys and values of layers that read another's."""
     shared = (i for i, source in enumerate(c.sources) if source is not None)
     return (*TOWERS, *(f"*.layers.{i}.self_attn.{name}.*" for i in shared for name in ("[kv]_proj", "[kv]_norm")))

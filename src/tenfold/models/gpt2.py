@@ -96,7 +96,7 @@ def params(c: Config) -> Tree:
     return also_named(declared, {"transformer.": ("",)})
 
 
-def unused(c: Config) -> tuple[str, ...]:
+def skipped(c: Config) -> tuple[str, ...]:
     """Masks, which old exporters saved."""
     return ("*.attn.bias",)
 

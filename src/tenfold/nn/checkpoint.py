@@ -21,13 +21,14 @@ from tenfold.base.errors import CheckpointError, ConfigError
 from tenfold.base.files import SECOND_COPIES, atomic_directory, find_gguf, matches, no_safetensors
 from tenfold.kernels.matmul import QuantizedWeight
 from tenfold.nn import compressed_tensors, gguf_checkpoint, quantized_checkpoint, safetensors, transfer
-from tenfold.nn.encodings import Expected, Plain, Stored
+from tenfold.nn.encodings import Expected, Plain
 from tenfold.nn.layout import to_checkpoint, to_model
 from tenfold.nn.loading import Finish, load_params
 from tenfold.nn.param import Param, Source, Tree, is_param
-from tenfold.nn.quantization import Quantization, from_affine
+from tenfold.nn.quantization import Quantization, hold
 from tenfold.nn.quantized_checkpoint import QuantizedFormat
 from tenfold.nn.safetensors import Deferred, SafetensorsFile
+from tenfold.nn.stored import Stored
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +100,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one parameter, or one layer of a stacked one, takes from a tensor of the checkpoint."""
+    """What one parameter, or one index of a stacked one, takes from a tensor of the checkpoint."""
 
     leaf: int
-    layer: int
+    index: int
     param: Param
     source: Source
 
@@ -115,8 +116,8 @@ def _parts(params: Sequence[Param]) -> dict[str, list[_Part]]:
     """The parts of every tensor that a declaration names, in the order of their rows."""
     found: dict[str, list[_Part]] = {}
     for leaf, param in enumerate(params):
-        for layer, source in enumerate(param.sources):
-            found.setdefault(source.name, []).append(_Part(leaf, layer, param, source))
+        for index, source in enumerate(param.sources):
+            found.setdefault(source.name, []).append(_Part(leaf, index, param, source))
     return {name: sorted(parts, key=lambda part: part.source.rows or (0, 0)) for name, parts in found.items()}
 
 
@@ -132,8 +133,8 @@ def load(
     dtype: DTypeLike,
     *,
     shardings: Tree = None,
-    unused: Sequence[str] = (),
     finish: Finish | None = None,
+    skipped: Sequence[str] = (),
     progress: bool = False,
 ) -> Tree:
     """The weights of a checkpoint's directory, on their devices.
@@ -150,8 +151,8 @@ def load(
         tree: the declaration; the arrays come in the same tree.
         dtype: of the arrays, whatever the files hold.
         shardings: a matching pytree of shardings, or None for the default device.
-        unused: patterns of the names of tensors that may be there and are not read; `Model.unused` says which.
         finish: makes what stands in the tree out of each weight as soon as it is loaded, such as a repacked one.
+        skipped: shell patterns of tensors that are not read.
         progress: shows a progress bar.
 
     Raises:
@@ -163,7 +164,8 @@ def load(
         return gguf_checkpoint.load(path, tree, dtype, finish=finish, shardings=shardings, progress=progress)
     form = quantized_checkpoint.read_format(read_config(path)) if (path / "config.json").exists() else None
     files = _open(path)
-    found = _verify(path, jax.tree.leaves(tree, is_leaf=is_param), files, form, unused)
+    ignored = (*_IGNORED, *skipped, *(form.unused if form else ()))
+    found = _verify(path, jax.tree.leaves(tree, is_leaf=is_param), files, form, ignored)
     _report(path, files, form)
     scattered = 0
 
@@ -214,12 +216,11 @@ def _load_param(
             whole = source.rows is None or not isinstance(s.encoding, Plain)
             files[name].will_need(tensors[name] if whole else tensors[name][slice(*source.rows or ())])
         read.append(s.read(tensors, source.rows, dtype))
-    if _may_be_quantized(p, target) and isinstance(read[0], Affine):
-        weight = jax.block_until_ready(from_affine(read[0], p.output_dims))
-    else:
-        arrays = [rows.values(dtype) if isinstance(rows, Affine) else rows for rows in read]
-        layers = [to_model(a, s.layout, p.layer_shape) for a, s in zip(arrays, p.sources, strict=True)]
-        weight = transfer.place(layers, dtype, stacked=p.stacked, sharding=target, release=release)
+    weight = hold(p, read) if _may_be_quantized(p, target) else None
+    if weight is None:
+        arrays = [s.numbers(rows, dtype) for s, rows in zip(stored, read, strict=True)]
+        parts = [to_model(a, s.layout, p.source_shape) for a, s in zip(arrays, p.sources, strict=True)]
+        weight = transfer.place(parts, dtype, stack_shape=p.stack_shape, sharding=target, release=release)
     for name in {name for s in stored if not isinstance(s.encoding, Plain) for name in s.expected()} & tensors.keys():
         release(tensors[name])
     return weight
@@ -278,7 +279,7 @@ def _verify(
     params: Sequence[Param],
     files: Mapping[str, SafetensorsFile],
     form: QuantizedFormat | None,
-    unused: Sequence[str],
+    ignored: Sequence[str],
 ) -> dict[str, Stored]:
     """How the checkpoint has each parameter that the declaration names.
 
@@ -290,7 +291,6 @@ def _verify(
     missing = [name for name, tensor in expected if not tensor.optional and name not in files]
     aliases = {alias for shared in parts.values() for part in shared for alias in part.source.aliases}
     known = {*parts, *aliases, *(name for name, _ in expected)}
-    ignored = (*_IGNORED, *unused, *(form.unused if form else ()))
     unexpected = [
         f"{name} (in {file.path.name})"
         for name, file in files.items()
@@ -419,7 +419,8 @@ def _quantization_config(params: Sequence[Param], leaves: Sequence[Any]) -> dict
         names = [name for source in p.sources for name in (source.name, *source.aliases)]
         modules = [name.removesuffix(".weight") for name in names]
         if isinstance(leaf, QuantizedWeight):
-            quantized[modules[0]] = leaf
+            one = jax.tree.map(lambda array, first=(0,) * p.stack_dims: array[first], leaf)
+            quantized |= {source.name.removesuffix(".weight"): one for source in p.sources}
         elif p.inputs:
             plain += modules
     return {"quantization_config": compressed_tensors.describe(quantized, plain)} if quantized else {}
@@ -430,9 +431,11 @@ def _tensors(name: str, parts: Sequence[_Part], leaves: Sequence[Any], dtype: np
     spans = [part.source.rows or (0, 0) for part in parts]
     if [start for start, _ in spans] != [0, *(stop for _, stop in spans[:-1])]:
         raise CheckpointError(f"{name}: the rows declared for it, {spans}, leave some out or overlap")
-    quantized = [leaf for part in parts if isinstance(leaf := leaves[part.leaf], QuantizedWeight)]
+    quantized = [_at(leaf, part) for part in parts if isinstance(leaf := leaves[part.leaf], QuantizedWeight)]
     if quantized and len(quantized) < len(parts):
         raise CheckpointError(f"{name}: only some of its parts are quantised; quantise all or none")
+    if quantized and any(part.param.experts is not None and not part.param.stack_dims for part in parts):
+        raise CheckpointError(f"{name} holds all experts of a layer, which the format has no place for in few bits")
     if quantized:
         return compressed_tensors.pack(name, quantized, dtype)
 
@@ -443,9 +446,17 @@ def _tensors(name: str, parts: Sequence[_Part], leaves: Sequence[Any], dtype: np
     return {name: Deferred(dtype, _whole_shape(parts), make)}
 
 
+def _at(leaf: Any, part: _Part) -> Any:
+    """The part's own of what may be stacked: an array, or a quantised weight."""
+    if not part.param.stack_dims:
+        return leaf
+    index = tuple(map(int, np.unravel_index(part.index, part.param.stack_shape)))
+    return jax.tree.map(lambda array: array[index], leaf)
+
+
 def _on_host(array: jax.Array, part: _Part) -> np.ndarray:
-    """One layer's weight. A copy, because an array whose own value is read keeps it in host memory."""
-    return np.asarray(array[part.layer] if part.param.stacked else jnp.copy(array))
+    """One part's weight. A copy, because an array whose own value is read keeps it in host memory."""
+    return np.asarray(_at(array, part) if part.param.stack_dims else jnp.copy(array))
 
 
 def _split(tensors: Mapping[str, Deferred], max_bytes: int) -> list[dict[str, Deferred]]:

@@ -77,39 +77,6 @@ class Encoding(Protocol):
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A parameter in a checkpoint: its name and shape there, all of a fused tensor's, and its encoding."""
-
-    name: str
-    shape: Shape
-    encoding: Encoding
-
-    @property
-    def integers(self) -> bool:
-        """Whether it is made of integers with scales, and so could be held without rounding."""
-        return not isinstance(self.encoding, Plain | Float8)
-
-    def tensor(self, part: str) -> str:
-        """The full name of one of its tensors."""
-        return self.name if part == "weight" else self.name.removesuffix("weight") + part
-
-    def expected(self) -> dict[str, Expected]:
-        """Its tensors, by their full names."""
-        return {self.tensor(part): expected for part, expected in self.encoding.expected(self.shape).items()}
-
-    def read(self, tensors: Tensors, rows: tuple[int, int] | None, dtype: DTypeLike) -> Affine | np.ndarray:
-        """All of it or some rows, out of its tensors by their full names; as `Encoding.read`."""
-        parts = {part: self.tensor(part) for part in self.encoding.expected(self.shape)}
-        found = {part: tensors[name] for part, name in parts.items() if name in tensors}
-        whole = (0, self.shape[0]) if self.shape else (0, 1)
-        try:
-            with np.errstate(invalid="ignore", over="ignore"):  # damaged scales give weights that are not finite
-                return self.encoding.read(found, self.shape, slice(*(rows or whole)), dtype)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.name.removesuffix('weight')}{error}; the checkpoint is damaged") from None
-
-
-@dataclass(frozen=True)
 class Plain:
     """The parameter as it is: one floating-point tensor."""
 
@@ -484,6 +451,27 @@ class MXFP4:
 
     def grid(self, D: int) -> Grid | None:
         return Grid(5, D // 32) if D % 32 == 0 else None
+
+
+@dataclass(frozen=True)
+class MXFP4Experts:
+    """The same of all experts of a layer, as gpt-oss has them: numbers [E, D, N], but blocks of the rows of outputs."""
+
+    def expected(self, shape: Shape) -> dict[str, Expected]:
+        E, D, N = shape
+        G = -(-D // 32)
+        return {
+            "_blocks": Expected(shapes=((E, N, G, 16),), dtypes=("uint8",)),
+            "_scales": Expected(shapes=((E, N, G),), dtypes=("uint8", POWERS)),
+        }
+
+    def read(self, tensors: Tensors, shape: Shape, rows: slice, dtype: DTypeLike) -> Affine | np.ndarray:
+        D = shape[1]
+        weight = mxfp4(tensors["_blocks"][rows], tensors["_scales"][rows].view(np.uint8))
+        return weight if D % 32 == 0 else weight.values(dtype)[..., :D].swapaxes(-1, -2)
+
+    def grid(self, D: int) -> Grid | None:
+        return MXFP4().grid(D)
 
 
 def mxfp4(blocks: UInt8[np.ndarray, "*N G 16"], scales: UInt8[np.ndarray, "*N G"]) -> Affine:

@@ -25,7 +25,7 @@ from tenfold.nn import transfer
 from tenfold.nn.layout import to_model
 from tenfold.nn.loading import Finish, load_params
 from tenfold.nn.param import Param, Source, Tree, is_param
-from tenfold.nn.quantization import Grid, from_affine
+from tenfold.nn.quantization import Grid, hold
 
 _SHOWN = 5
 
@@ -121,12 +121,11 @@ def _verify(form: GGUFFormat, params: Sequence[Param]) -> None:
 def _load_param(p: Param, form: GGUFFormat, dtype: DTypeLike, target: Any) -> jax.Array | QuantizedWeight:
     stored = [found for source in p.sources if (found := form.find(source)) is not None]
     read = [_read(form.file, s, source.rows) for s, source in zip(stored, p.sources, strict=True)]
-    if isinstance(read[0], Affine) and p.inputs and not p.stacked and target is None:
-        weight = jax.block_until_ready(from_affine(read[0], p.output_dims))
-    else:
+    weight = hold(p, read) if p.inputs and not p.stacked and target is None else None
+    if weight is None:
         arrays = [rows.values(dtype) if isinstance(rows, Affine) else rows for rows in read]
-        layers = [to_model(array, s.layout, p.layer_shape) for array, s in zip(arrays, p.sources, strict=True)]
-        weight = transfer.place(layers, dtype, stacked=p.stacked, sharding=target, release=form.file.release)
+        parts = [to_model(array, s.layout, p.source_shape) for array, s in zip(arrays, p.sources, strict=True)]
+        weight = transfer.place(parts, dtype, stack_shape=p.stack_shape, sharding=target, release=form.file.release)
     for s in stored:
         form.file.release(form.file[s.name])
     return weight

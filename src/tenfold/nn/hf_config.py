@@ -122,14 +122,14 @@ def read_layer_types(hf: HFConfig, *, period: int, num_layers: int) -> tuple[str
     return tuple("sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(num_layers))
 
 
-def read_given_layer_types(hf: HFConfig, num_layers: int) -> tuple[str, ...] | None:
-    """What `layer_types` says for each layer, or None where the config has none."""
+def read_given_layer_types(hf: HFConfig, num_layers: int, known: Sequence[str] = LAYER_TYPES) -> tuple[str, ...] | None:
+    """What `layer_types` says for each layer, one of `known`, or None where the config has none."""
     if not hf.get("layer_types"):
         return None
     types = tuple(hf["layer_types"])
-    unknown = sorted(set(types) - set(LAYER_TYPES))
+    unknown = sorted(set(types) - set(known))
     if unknown:
-        raise UnsupportedModelError(f"config.json has layer types {unknown}; implemented: {', '.join(LAYER_TYPES)}")
+        raise UnsupportedModelError(f"config.json has layer types {unknown}; implemented: {', '.join(known)}")
     if len(types) != num_layers:
         raise ConfigError(f"config.json lists {len(types)} layer_types for {num_layers} layers")
     return types
@@ -143,6 +143,33 @@ def read_windows(layer_types: Sequence[str], window: int | None) -> tuple[int | 
     if window is None and "sliding_attention" in layer_types:
         raise ConfigError("config.json has sliding_attention layers but no sliding_window for them (or disables it)")
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+
+
+def read_hybrid_types(
+    hf: HFConfig, num_layers: int, known: Sequence[str] = ("full_attention", "linear_attention")
+) -> tuple[str, ...] | None:
+    """What `layer_types`, or `layers_block_type`, says for each layer of a hybrid; None where the config has neither.
+
+    transformers 4 writes "attention" and "mamba" for the first two of `known`.
+    """
+    types = hf.get("layer_types") or hf.get("layers_block_type")
+    older = {"attention": "full_attention", "mamba": "linear_attention"}
+    return read_given_layer_types({"layer_types": [older.get(kind, kind) for kind in types or ()]}, num_layers, known)
+
+
+def read_mamba_head_dim(hf: HFConfig, inner: int, heads: int) -> int:
+    """`mamba_d_head`, by default ("auto") the heads' share of the inner width. Raises ConfigError unless it is."""
+    given = hf.get("mamba_d_head")
+    dim = inner // heads if given in (None, "auto") else int(given)
+    if dim * heads != inner:
+        raise ConfigError(f"config.json has {heads} mamba_n_heads of {dim} for an inner width of {inner}")
+    return dim
+
+
+def read_time_step_limits(hf: HFConfig) -> tuple[float, float]:
+    """What the time steps of a state space model are clipped to."""
+    low, high = hf.get("time_step_limit") or (0.0, float("inf"))
+    return float(low), float(high)
 
 
 def read_cache_sources(layer_types: Sequence[str], num_shared: int) -> tuple[int | None, ...]:

@@ -1,9 +1,10 @@
 """Einops layouts between a checkpoint's tensor and ours, read in both directions.
 
 A layout such as "(H K) D -> D H K" splits and reorders dims and loses nothing. Its right side names our dims one by
-one, so our shape gives every length that either direction needs.
+one, so our shape gives every length that either direction needs. A "1" on its left side is a dim that we leave out.
 """
 
+import functools
 import math
 import re
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from einops import rearrange
 
 
+@functools.cache  # thousands of experts have the same few
 def _sides(layout: str) -> tuple[list[list[str]], list[str]]:
     """The groups of the left side and the names of the right side."""
     left, _, right = layout.partition("->")
@@ -21,7 +23,7 @@ def _sides(layout: str) -> tuple[list[list[str]], list[str]]:
 def check_layout(layout: str, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless the layout's right side names the dims of `shape`, each once, and its left side too."""
     groups, names = _sides(layout)
-    given = sorted(name for group in groups for name in group)
+    given = sorted(name for group in groups for name in group if name != "1")
     if not all(map(str.isidentifier, names)) or len(names) != len(shape) or sorted(set(names)) != given:
         raise ValueError(f"the layout {layout!r} is not a bijection onto the dims of {shape}")
 
@@ -31,7 +33,7 @@ def checkpoint_shape(layout: str | None, shape: tuple[int, ...]) -> tuple[int, .
     if layout is None:
         return shape
     groups, names = _sides(layout)
-    lengths = dict(zip(names, shape, strict=True))
+    lengths = {"1": 1, **dict(zip(names, shape, strict=True))}
     return tuple(math.prod(lengths[name] for name in group) for group in groups)
 
 

@@ -6,9 +6,14 @@ Dims: R rows, L tokens of a row; T = R · L.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from tenfold.kernels import convolution, latent_attention, recurrence
 from tenfold.kernels.attention import Attend, AttentionSpec, Heads, packed_attention
+from tenfold.kernels.convolution import ConvolutionSpec
+from tenfold.kernels.latent_attention import LatentSpec
+from tenfold.kernels.recurrence import RecurrenceSpec
 
 
 def packed_attend(segments: Int[Array, "R L"]) -> Attend:
@@ -21,7 +26,19 @@ def packed_attend(segments: Int[Array, "R L"]) -> Attend:
     """
     R, L = segments.shape
 
-    def attend(heads: Heads, cache: Any, spec: AttentionSpec) -> tuple[jax.Array, Any]:
+    def attend(inputs: Any, cache: Any, spec: Any) -> tuple[jax.Array, Any]:
+        match spec:
+            case ConvolutionSpec():
+                return convolution.reference(inputs, segments), cache
+            case LatentSpec():
+                return latent_attention.reference(inputs, segments, spec), cache
+            case RecurrenceSpec():
+                fresh = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+                return recurrence.reference(inputs, fresh)[0], cache
+            case _:
+                return attend_heads(inputs, cache, spec)
+
+    def attend_heads(heads: Heads, cache: Any, spec: AttentionSpec) -> tuple[jax.Array, Any]:
         if heads.k is not None and heads.v is not None:
             cache = heads.k, heads.v
         q, k, v = (x.reshape(R, L, *x.shape[1:]) for x in (heads.q, *cache))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from tenfold.nn.layout import check_layout, checkpoint_shape
@@ -48,17 +49,22 @@ class Param:
 
     Attributes:
         shape: dims as the model uses them.
-        axes: one logical axis name per dim ("embed heads head_dim"); `tenfold.parallel` maps them to mesh axes.
-        sources: one `Source`, or one per layer when the parameter is stacked along a leading "layers" dim.
+        axes: one logical axis name per dim ("embed heads head_dim"); `tenfold.parallel` maps them to mesh axes. A
+            leading "experts" makes the weight one of each expert.
+        sources: where it stands: one `Source` for each index of its leading `stack_dims` dims, the last one varying
+            fastest; one where there are none.
+        stack_dims: how many leading dims are stacked out of several tensors: of layers ("layers", for training), of
+            experts where each has tensors of its own, or of both.
         init: the distribution at initialisation.
         scale: standard deviation of "normal".
         inputs: names of the axes that a product with activations contracts ("heads head_dim"): what makes the weight a
-            matrix, which may be quantised or repacked. Empty for all other weights.
+            matrix, or one for each expert, which may be quantised or repacked. Empty for all other weights.
     """
 
     shape: tuple[int, ...]
     axes: str
     sources: tuple[Source, ...]
+    stack_dims: int = 0
     init: Initializer = "normal"
     scale: float = 0.02
     inputs: str = ""
@@ -66,43 +72,68 @@ class Param:
     def __post_init__(self) -> None:
         if len(self.axes.split()) != len(self.shape):
             raise ValueError(f"{self.sources[0].name}: axes {self.axes!r} do not name the dims {self.shape}")
-        if len(self.sources) != (self.shape[0] if self.stacked else 1):
-            raise ValueError(f"{self.sources[0].name}: {len(self.sources)} sources for the shape {self.shape}")
+        if len(self.sources) != math.prod(self.stack_shape):
+            found, wanted = len(self.sources), self.stack_shape
+            raise ValueError(f"{self.sources[0].name}: {found} sources for the stacked dims {wanted} of {self.shape}")
         for source in self.sources:
             if source.layout is not None:
-                check_layout(source.layout, self.layer_shape)
+                check_layout(source.layout, self.source_shape)
             part = self.checkpoint_shape(source)
             if source.rows is not None and source.rows[1] - source.rows[0] != part[0]:
                 raise ValueError(f"{source.name}: rows {source.rows} do not hold a tensor of shape {part}")
 
     @property
     def stacked(self) -> bool:
-        return self.axes.startswith("layers ") or self.axes == "layers"
+        """Whether several layers are stacked, as training has them."""
+        return self.axes.split()[:1] == ["layers"]
 
     @property
-    def layer_shape(self) -> tuple[int, ...]:
-        """The shape of one layer's weight: without the leading "layers" dim of a stacked parameter."""
-        return self.shape[1:] if self.stacked else self.shape
+    def experts(self) -> int | None:
+        """Of how many experts this is a weight of each; None if it is not."""
+        names = self.axes.split()[self.stacked :]
+        return self.shape[self.stacked] if names[:1] == ["experts"] else None
 
-    def _matrix_dims(self) -> tuple[list[int], list[int]]:
-        """Which dims of a layer's weight are inputs, and which are outputs."""
-        names = self.axes.removeprefix("layers ").split()
-        inputs = [names.index(name) for name in self.inputs.split()]
-        return inputs, [i for i in range(len(names)) if i not in inputs]
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """The dims that are stacked out of the sources."""
+        return self.shape[: self.stack_dims]
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """The shape of what one source holds, with the model's dims."""
+        return self.shape[self.stack_dims :]
+
+    @property
+    def _matrix(self) -> tuple[list[int], list[int], list[int]]:
+        """Which dims count matrices, which are their inputs, and which their outputs."""
+        names = self.axes.split()
+        batch = self.stacked + (self.experts is not None)
+        inputs = [names.index(name, batch) for name in self.inputs.split()]
+        return list(range(batch)), inputs, [i for i in range(batch, len(names)) if i not in inputs]
+
+    @property
+    def input_size(self) -> int:
+        """How many inputs a product with this weight, or with one expert's, has."""
+        return math.prod(self.shape[i] for i in self._matrix[1])
 
     @property
     def output_dims(self) -> tuple[int, ...]:
-        """The dims of what a product with this weight gives."""
-        return tuple(self.layer_shape[i] for i in self._matrix_dims()[1])
+        """The dims of what a product with this weight, or with one expert's, gives."""
+        return tuple(self.shape[i] for i in self._matrix[2])
+
+    @property
+    def routes(self) -> bool:
+        """Whether the products with this weight choose experts: it is small, and never rounded unless stored so."""
+        return "experts" in [self.axes.split()[i] for i in self._matrix[2]]
 
     def as_matrix(self, array: jax.Array) -> jax.Array:
-        """One layer's weight as [inputs, outputs]."""
-        inputs, outputs = self._matrix_dims()
-        return array.transpose(*inputs, *outputs).reshape(math.prod(self.layer_shape[i] for i in inputs), -1)
+        """An unstacked weight as [inputs, outputs], with a leading dim of experts if it is a weight of each."""
+        batch, inputs, outputs = self._matrix
+        return array.transpose(*batch, *inputs, *outputs).reshape(*array.shape[: len(batch)], self.input_size, -1)
 
     def checkpoint_shape(self, source: Source) -> tuple[int, ...]:
-        """The shape that one layer's weight has in the checkpoint; of a fused tensor, the shape of its own rows."""
-        return checkpoint_shape(source.layout, self.layer_shape)
+        """The shape that a source's weight has in the checkpoint; of a fused tensor, the shape of its own rows."""
+        return checkpoint_shape(source.layout, self.source_shape)
 
 
 def param(
@@ -161,11 +192,25 @@ def nbytes(tree: Tree, dtype: DTypeLike) -> int:
     return count(tree) * jnp.dtype(dtype).itemsize
 
 
-def stack(params: Sequence[Param]) -> Param:
-    """One parameter with a leading "layers" dim out of the same parameter of several layers."""
+def device_nbytes(tree: Tree, dtype: DTypeLike, mesh: Mesh | AbstractMesh, rules: ShardingRules = DEFAULT_RULES) -> int:
+    """The bytes of a declaration tree in `dtype` that each device of a mesh holds; the mesh may be abstract.
+
+    Raises ConfigError where the rules do not fit the declaration.
+    """
+    shards = (named_sharding(p.axes, p.shape, mesh, rules).shard_shape(p.shape) for _, p in leaves(tree))
+    return sum(map(math.prod, shards)) * jnp.dtype(dtype).itemsize
+
+
+def stack(params: Sequence[Param], axis: str = "layers") -> Param:
+    """One parameter with a new leading dim out of the same parameter of several layers, or of several "experts"."""
     first = params[0]
-    sources = tuple(source for p in params for source in p.sources)
-    return replace(first, shape=(len(params), *first.shape), axes=f"layers {first.axes}", sources=sources)
+    return replace(
+        first,
+        shape=(len(params), *first.shape),
+        axes=f"{axis} {first.axes}",
+        sources=tuple(source for p in params for source in p.sources),
+        stack_dims=first.stack_dims + 1,
+    )
 
 
 def initialize(tree: Tree, key: jax.Array, dtype: DTypeLike, shardings: Tree = None) -> Tree:
@@ -185,31 +230,38 @@ def initialize(tree: Tree, key: jax.Array, dtype: DTypeLike, shardings: Tree = N
     arrays: list[jax.Array] = []
     for p, sharding in zip(params, targets, strict=True):
         ids = [zlib.crc32(f"{source.name}{source.rows or ''}".encode()) for source in p.sources]
-        draw = _draw_program(p.layer_shape, p.stacked, p.init, p.scale, jnp.dtype(dtype), sharding)
-        arrays.append(draw(_layer_keys(key, np.asarray(ids, np.uint32))))
+        draw = _draw_program(p.stack_shape, p.source_shape, p.init, p.scale, jnp.dtype(dtype), sharding)
+        arrays.append(draw(_source_keys(key, np.asarray(ids, np.uint32))))
     return treedef.unflatten(arrays)
 
 
 @jax.jit
-def _layer_keys(key: jax.Array, ids: jax.Array) -> jax.Array:
+def _source_keys(key: jax.Array, ids: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)
 
 
 @functools.cache
 def _draw_program(
-    layer_shape: tuple[int, ...], stacked: bool, init: Initializer, scale: float, dtype: np.dtype, sharding: Any
+    stack_shape: tuple[int, ...],
+    source_shape: tuple[int, ...],
+    init: Initializer,
+    scale: float,
+    dtype: np.dtype,
+    sharding: Any,
 ) -> Callable[[jax.Array], jax.Array]:
     # The numbers are the same either way. Flat ones compile many times faster; shaped ones are made where they belong.
-    drawn_shape = (math.prod(layer_shape),) if sharding is None else layer_shape
+    drawn_shape = (math.prod(source_shape),) if sharding is None else source_shape
 
-    def draw_layer(layer_key: jax.Array) -> jax.Array:
+    def draw_source(source_key: jax.Array) -> jax.Array:
         if init == "normal":
-            normal = jax.random.normal(layer_key, drawn_shape, jnp.float32)
-            return (scale * normal).astype(dtype).reshape(layer_shape)
-        return jnp.full(layer_shape, 1 if init == "ones" else 0, dtype)
+            normal = jax.random.normal(source_key, drawn_shape, jnp.float32)
+            return (scale * normal).astype(dtype).reshape(source_shape)
+        return jnp.full(source_shape, 1 if init == "ones" else 0, dtype)
 
     def draw(keys: jax.Array) -> jax.Array:
-        return jax.lax.map(draw_layer, keys) if stacked else draw_layer(keys[0])
+        if not stack_shape:
+            return draw_source(keys[0])
+        return jax.lax.map(draw_source, keys).reshape(*stack_shape, *source_shape)
 
     return jax.jit(draw, out_shardings=sharding)
 

@@ -5,7 +5,8 @@ Dims: N outputs, D inputs, G groups of inputs that share a scale.
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -32,6 +33,30 @@ def from_affine(rows: Affine, dims: tuple[int, ...]) -> QuantizedWeight:
         return QuantizedWeight(codes=_turned(rows.codes), scales=scales, mins=mins, bits=bits, zero=zero, dims=dims)
     codes = rows.codes.view(np.uint8)
     return _weight(_turned(codes + np.uint8(zero) if zero else codes), scales, mins, bits, zero, dims)
+
+
+def hold(p: Param, read: Sequence[Affine | np.ndarray]) -> QuantizedWeight | None:
+    """What was read of a weight, one or one per source, unrounded; None if it cannot be held in few bits.
+
+    That is so where it is not integers with scales, or where experts are quantised in different ways.
+    """
+    parts = [part for part in read if isinstance(part, Affine)]
+    if len(parts) < len(read):
+        return None
+    if p.experts is None:
+        return jax.block_until_ready(from_affine(parts[0], p.output_dims))
+    if not p.stack_dims:
+        parts = [parts[0].part(expert) for expert in range(p.experts)]
+    return jax.block_until_ready(stack_experts([from_affine(part, p.output_dims) for part in parts]))
+
+
+def stack_experts(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
+    """The weights of several experts as one with a leading dim; None if they are quantised in different ways."""
+    if len({(w.bits, w.group, w.dims) for w in weights}) > 1:
+        return None
+    if len({w.zero for w in weights}) > 1:  # minima can say what a zero point says
+        weights = [replace(w, mins=w.scales * w.zero, zero=0) if w.mins is None else w for w in weights]
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *weights)
 
 
 def _turned(rows: np.ndarray) -> jax.Array:
@@ -83,9 +108,8 @@ def nbytes(tree: Tree, dtype: DTypeLike, *quantizations: Quantization | None) ->
     total = 0
     for _, p in leaves(tree):
         grids = [grid for quantization in quantizations if quantization and (grid := quantization.grid(p))]
-        outputs = math.prod(p.output_dims)
-        size = math.prod(p.shape)
-        total += grids[0].nbytes(size // outputs, outputs) if grids else size * jnp.dtype(dtype).itemsize
+        size, inputs = math.prod(p.shape), p.input_size
+        total += grids[0].nbytes(inputs, size // inputs) if grids else size * jnp.dtype(dtype).itemsize
     return total
 
 
@@ -94,6 +118,7 @@ class Scheme:
     """How weights are rounded: to how many bits, and how many inputs share a scale (None: all of them).
 
     The products with the vocabulary are a small part of a model and the most sensitive one; they get `vocab_bits`.
+    Those that choose experts are smaller still, and are not rounded.
     """
 
     bits: int
@@ -105,12 +130,16 @@ class Scheme:
         bits = self.vocab_bits if "vocab" in p.axes.split() else self.bits
         return bits, self.group if bits == self.bits else None
 
+    def rounds(self, p: Param) -> bool:
+        """Whether a weight is rounded: if products use it, but for training, and for choosing experts."""
+        return bool(p.inputs) and not p.stacked and not p.routes
+
     def grid(self, p: Param) -> Grid | None:
         """How a weight is held; None for a plain array."""
-        if not p.inputs or p.stacked:
+        if not self.rounds(p):
             return None
         bits, group = self.rounding(p)
-        D = math.prod(p.shape) // math.prod(p.output_dims)
+        D = p.input_size
         return Grid(bits, 1 if group is None or D % group else D // group)
 
 
@@ -128,9 +157,14 @@ def find_scheme(name: str | None) -> Scheme | None:
 
 def quantize_param(p: Param, array: jax.Array, scheme: Scheme) -> jax.Array | QuantizedWeight:
     """A loaded weight in few bits, if products use it, and else as it is."""
-    if not p.inputs or p.stacked:
+    if not scheme.rounds(p):
         return array
-    return quantize(p.as_matrix(array), *scheme.rounding(p), p.output_dims)
+    matrix, (bits, group) = p.as_matrix(array), scheme.rounding(p)
+    if p.experts is None:
+        return quantize(matrix, bits, group, p.output_dims)
+    stacked = stack_experts([quantize(expert, bits, group, p.output_dims) for expert in matrix])
+    assert stacked is not None, "experts that are rounded alike"
+    return stacked
 
 
 def quantize(

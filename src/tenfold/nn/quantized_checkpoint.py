@@ -14,7 +14,18 @@ from functools import partial
 from typing import Any
 
 from tenfold.base.errors import UnsupportedModelError
-from tenfold.nn.encodings import AWQ, GPTQ, MXFP4, Blocks, Encoding, Float8, Integers, PackedIntegers, Plain
+from tenfold.nn.encodings import (
+    AWQ,
+    GPTQ,
+    MXFP4,
+    Blocks,
+    Encoding,
+    Float8,
+    Integers,
+    MXFP4Experts,
+    PackedIntegers,
+    Plain,
+)
 from tenfold.nn.param import Param
 from tenfold.nn.quantization import Grid
 
@@ -38,16 +49,21 @@ class QuantizedFormat:
         find: what may be stored for a weight.
         unused: shell patterns of tensors that no weight needs: scales of activations and of a cache.
         notes: what the config asks for that is not done, in words, for the log.
+        fused: what may be stored for the weights of all experts of a layer in one.
     """
 
     method: str
     find: Find
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    fused: tuple[Encoding, ...] = _PLAIN
 
     def encodings(self, p: Param, name: str) -> tuple[Encoding, ...]:
         """The ways in which the tensor `name` may be stored, the one that the config asks for first."""
-        if not name.endswith(".weight") or len(p.checkpoint_shape(p.sources[0])) != 2:
+        dims = len(p.checkpoint_shape(p.sources[0]))
+        if p.experts is not None and p.inputs and dims == 3:
+            return self.fused
+        if not name.endswith(".weight") or dims != 2:
             return _PLAIN
         axes = p.axes.removeprefix("layers ").split()
         kind = "Linear" if "vocab" not in axes else "Embedding" if axes[0] == "vocab" else "head"
@@ -57,8 +73,7 @@ class QuantizedFormat:
         """How finely a weight is held once it is loaded; None for a plain array."""
         if not p.inputs or p.stacked:
             return None
-        source = p.sources[0]
-        return self.encodings(p, source.name)[0].grid(p.checkpoint_shape(source)[-1])
+        return self.encodings(p, p.sources[0].name)[0].grid(p.input_size)
 
 
 def read_format(config: Mapping[str, Any]) -> QuantizedFormat | None:
@@ -342,7 +357,8 @@ def _fp8(given: Mapping[str, Any]) -> QuantizedFormat:
 
 
 def _mxfp4(given: Mapping[str, Any]) -> QuantizedFormat:
-    return QuantizedFormat("mxfp4", partial(_listed, MXFP4(), _skipped(given, "modules_to_not_convert")))
+    find = partial(_listed, MXFP4(), _skipped(given, "modules_to_not_convert"))
+    return QuantizedFormat("mxfp4", find, fused=(MXFP4Experts(), Plain()))
 
 
 _METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizedFormat]] = {

@@ -8,7 +8,7 @@ header only, and bfloat16 and float8 come as `ml_dtypes`.
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from tenfold.base.errors import CheckpointError
 from tenfold.base.files import atomic_write
+from tenfold.base.mapped import MappedTensors, end_to_end
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -62,58 +63,20 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class SafetensorsFile(Mapping[str, np.ndarray]):
+class SafetensorsFile(MappedTensors[TensorInfo]):
     """The tensors of one file, by name, as read-only views of the mapped file.
 
-    A view stays valid after the file is deleted or replaced, but not if the file is changed in place.
-
     Attributes:
-        path: the file.
-        infos: dtype and shape of every tensor, without reading it.
         metadata: the header's free-form strings.
     """
 
     def __init__(self, path: Path, infos: dict[str, TensorInfo], metadata: dict[str, str], mapped: mmap.mmap) -> None:
-        self.path = path
-        self.infos = infos
+        super().__init__(path, infos, [mapped])
         self.metadata = metadata
-        self._mapped = mapped
-        self._address = np.frombuffer(mapped, np.uint8).ctypes.data
 
     def __getitem__(self, name: str) -> np.ndarray:
         info = self.infos[name]
-        count = math.prod(info.shape)
-        if count == 0:
-            return np.zeros(info.shape, info.dtype)
-        return np.frombuffer(self._mapped, info.dtype, count, info.offset).reshape(info.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.infos)
-
-    def __len__(self) -> int:
-        return len(self.infos)
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def will_need(self, view: np.ndarray) -> None:
-        """Has the system read ahead what a view of this file spans."""
-        self._advise(view, "MADV_WILLNEED")
-
-    def release(self, view: np.ndarray) -> None:
-        """Gives back the memory into which a view of this file was read. It stays usable, and would be read again."""
-        self._advise(view, "MADV_DONTNEED")
-
-    def _advise(self, view: np.ndarray, advice: str) -> None:
-        low, high = np.lib.array_utils.byte_bounds(view)
-        inside = self._address <= low and high <= self._address + len(self._mapped)
-        if view.size == 0 or not inside or not hasattr(mmap, advice):  # Windows has no such advice
-            return
-        start = (low - self._address) // mmap.PAGESIZE * mmap.PAGESIZE
-        self._mapped.madvise(getattr(mmap, advice), start, high - self._address - start)
+        return self._view(0, info.offset, info.shape, info.dtype)
 
 
 def open(path: Path) -> SafetensorsFile:
@@ -166,22 +129,13 @@ def _read_infos(
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ in its header does not map names to strings")
-    spans = [(_read_info(path, name, entry, start), name) for name, entry in header.items()]
-    spans.sort(key=lambda span: (span[0].offset, span[0].nbytes))
-    end = start
-    for info, name in spans:
-        if info.offset != end:
-            what = "overlaps the tensor before it" if info.offset < end else "leaves a gap before it"
-            raise CheckpointError(f"{path}: the tensor {name!r} {what}; the file is damaged")
-        end += info.nbytes
-        if end > size:
-            raise CheckpointError(
-                f"{path} is truncated: the tensor {name!r} ends at byte {end}, the file at {size}; "
-                "download or write it again"
-            )
-    if end < size:
-        raise CheckpointError(f"{path}: {size - end} bytes after the last tensor belong to none; the file is damaged")
-    return {name: info for info, name in spans}, metadata
+    infos = {name: _read_info(path, name, entry, start) for name, entry in header.items()}
+    infos = dict(sorted(infos.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+    spans = ((name, info.offset - start, info.nbytes) for name, info in infos.items())
+    behind = size - start - end_to_end(path, spans, start, size)
+    if behind:
+        raise CheckpointError(f"{path}: {behind} bytes after the last tensor belong to none; the file is damaged")
+    return infos, metadata
 
 
 def _read_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:

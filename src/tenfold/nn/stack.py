@@ -19,15 +19,30 @@ def period(kinds: Sequence[Hashable]) -> int:
     return next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))
 
 
+def pattern(kinds: Sequence[Hashable]) -> tuple[int, int]:
+    """How many layers come first that are unlike the others, and the period of those: what compiles fewest layers."""
+    return min(((h, period(kinds[h:])) for h in range(len(kinds))), key=lambda found: (sum(found), found[0]))
+
+
 def stack_layers(layers: Sequence[Tree], kinds: Sequence[Hashable]) -> Tree:
-    """Turns per-layer `Param` trees into {"scan": one stacked tree per place in the pattern, "tail": the rest}."""
-    n = period(kinds)
-    whole = len(layers) // n * n
+    """Turns per-layer `Param` trees into {"head", "scan", "tail"}: one stacked tree per place in the pattern, and the
+    layers before and after its repetitions.
+
+    Layers of one kind may differ in their weights: such as dense ones and mixtures of experts.
+    """
+    head, n = pattern([(kind, _weights(layer)) for kind, layer in zip(kinds, layers, strict=True)])
+    end = head + (len(layers) - head) // n * n
 
     def place(i: int) -> Tree:
-        return jax.tree.map(lambda *ps: stack(ps), *layers[i:whole:n], is_leaf=is_param)
+        return jax.tree.map(lambda *ps: stack(ps), *layers[head + i : end : n], is_leaf=is_param)
 
-    return {"scan": [place(i) for i in range(n)], "tail": list(layers[whole:])}
+    return {"head": list(layers[:head]), "scan": [place(i) for i in range(n)], "tail": list(layers[end:])}
+
+
+def _weights(layer: Tree) -> Hashable:
+    """What layers must share to be stacked."""
+    params, structure = jax.tree.flatten(layer, is_leaf=is_param)
+    return structure, tuple((p.shape, p.axes, p.init, p.scale) for p in params)
 
 
 def run_layers(
@@ -51,7 +66,7 @@ def run_layers(
             layer's block returned. The kinds must tell layers with a source from those without.
 
     Returns:
-        The last activations, and the updated caches (Nones without, and for layers with a source).
+        The last activations, and the updated caches (Nones without; those of layers with a source as they were).
     """
     sources = [None] * len(kinds) if sources is None else sources
     if isinstance(layers, dict):
@@ -65,23 +80,33 @@ def run_layers(
         given = updated[source] if source is not None else None if caches is None else caches[i]
         x, cache = traced(x, params, kinds[i], given)
         updated.append(cache)
-    return x, [None if source is not None else cache for source, cache in zip(sources, updated, strict=True)]
+    if caches is None:
+        return x, [None] * len(kinds)
+    return x, [updated[i] if source is None else caches[i] for i, source in enumerate(sources)]
 
 
 def _scan_layers(block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any, sources: Sequence[int | None]) -> Any:
-    n = len(layers["scan"])
-    if any(source is not None for source in sources) and n < len(kinds):
-        raise ValueError("layers that read another's cache are of kinds of their own, so that no pattern repeats")
+    head, n = len(layers["head"]), len(layers["scan"])
+    repeats = (len(kinds) - head) // n > 1
+    if repeats and any(source is not None and source >= head for source in sources):
+        raise ValueError("layers that read another's cache are of kinds of their own, so that it is of no repetition")
+
+    def run(i: int, x: Any, params: Tree, updated: dict[int, Any]) -> Any:
+        source = sources[i]
+        x, updated[i] = block(x, params, kinds[i], None if source is None else updated[source])
+        return x
+
+    first: dict[int, Any] = {}
+    for i, params in enumerate(layers["head"]):
+        x = run(i, x, params, first)
 
     def body(x: Any, params: list[Tree]) -> tuple[Any, None]:
-        updated: list[Any] = []
+        updated = dict(first)
         for i in range(n):
-            source = sources[i]
-            x, cache = block(x, params[i], kinds[i], None if source is None else updated[source])
-            updated.append(cache)
+            x = run(head + i, x, params[i], updated)
         return x, None
 
     x, _ = jax.lax.scan(body, x, layers["scan"])
     for i, params in enumerate(layers["tail"]):
-        x, _ = block(x, params, kinds[i % n], None)
+        x = run(head + i, x, params, first)
     return x

@@ -23,40 +23,41 @@ Piece = tuple[tuple[int, ...], np.ndarray]
 
 
 def place(
-    layers: Sequence[np.ndarray],
+    parts: Sequence[np.ndarray],
     dtype: DTypeLike,
     *,
-    stacked: bool,
+    stack_shape: tuple[int, ...] = (),
     sharding: jax.sharding.Sharding | None = None,
     release: Callable[[np.ndarray], None] = lambda view: None,
 ) -> jax.Array:
     """An array on its devices, finished and sharing no memory with its source.
 
     Args:
-        layers: one view in the model's dims; or one per layer, to be stacked along a new first dim.
+        parts: views in the model's dims, one for each index of the dims along which they are stacked.
         dtype: of the result.
-        stacked: which of the two.
+        stack_shape: those dims, which come first; without any there is one view.
         sharding: of the result; None puts it, uncommitted, on the default device.
         release: called with each part of a view that will not be read again.
     """
-    shape = (len(layers), *layers[0].shape) if stacked else layers[0].shape
+    shape = (*stack_shape, *parts[0].shape)
     if sharding is None:
-        return _assemble(_pieces(layers, stacked, tuple(map(slice, shape))), shape, dtype, None, release)
+        return _assemble(_pieces(parts, stack_shape, tuple(map(slice, shape))), shape, dtype, None, release)
     shards: list[jax.Array] = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         whole = tuple(slice(*part.indices(length)) for part, length in zip(index or (), shape, strict=True))
         shard_shape = tuple(part.stop - part.start for part in whole)
-        shards.append(_assemble(_pieces(layers, stacked, whole), shard_shape, dtype, device, release))
+        shards.append(_assemble(_pieces(parts, stack_shape, whole), shard_shape, dtype, device, release))
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _pieces(layers: Sequence[np.ndarray], stacked: bool, index: tuple[slice, ...]) -> Iterator[Piece]:
+def _pieces(parts: Sequence[np.ndarray], stack_shape: tuple[int, ...], index: tuple[slice, ...]) -> Iterator[Piece]:
     """The blocks that make up `index` of the array; starts count from the index's."""
-    if not stacked:
-        yield from _blocks((0,) * len(index), layers[0][*index, ...])  # `...` keeps a scalar an array
-        return
-    for place, layer in enumerate(layers[index[0]]):
-        yield from _blocks((place, *(0 for _ in index[1:])), layer[None][:, *index[1:]])
+    stack, within = index[: len(stack_shape)], index[len(stack_shape) :]
+    ones = (None,) * len(stack_shape)
+    chosen = np.arange(len(parts)).reshape(stack_shape)[stack]
+    for place, part in np.ndenumerate(chosen):
+        view = parts[int(part)][*within, ...]  # `...` keeps a scalar an array
+        yield from _blocks((*place, *(0 for _ in within)), view[*ones, ...])
 
 
 def _blocks(start: tuple[int, ...], view: np.ndarray) -> Iterator[Piece]:

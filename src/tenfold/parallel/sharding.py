@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tenfold.base.errors import ConfigError
 
@@ -20,8 +20,9 @@ MeshAxes = str | tuple[str, ...] | None
 class ShardingRules:
     """The mesh axis, or axes, over which each logical axis is split; None, or an axis that the mesh lacks, splits none.
 
-    The defaults are tensor parallelism (Shoeybi et al., 2019) over "tensor" and fully sharded weights (Zhao et al.,
-    2023) over "fsdp". "small" are dims that nobody would split: the parts of a fused tensor, coefficients, scalars.
+    The defaults are tensor parallelism (Shoeybi et al., 2019) over "tensor", fully sharded weights (Zhao et al., 2023)
+    over "fsdp", and expert parallelism (Lepikhin et al., 2020) over "expert". "small" are dims that nobody would split:
+    the parts of a fused tensor, coefficients, scalars.
     """
 
     embed: MeshAxes = "fsdp"
@@ -29,9 +30,12 @@ class ShardingRules:
     kv_heads: MeshAxes = "tensor"
     head_dim: MeshAxes = None
     mlp: MeshAxes = "tensor"
+    gates: MeshAxes = None
+    experts: MeshAxes = "expert"
     vocab: MeshAxes = "tensor"
     positions: MeshAxes = None
     small: MeshAxes = None
+    latent: MeshAxes = None
     layers: MeshAxes = None
 
 
@@ -59,7 +63,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     )
 
 
-def partition_spec(axes: str, shape: Sequence[int], rules: ShardingRules, mesh: Mesh) -> PartitionSpec:
+def partition_spec(axes: str, shape: Sequence[int], rules: ShardingRules, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The mesh axes of every dim of an array. A dim that its mesh axes do not divide stays whole.
 
     Args:
@@ -90,6 +94,8 @@ def partition_spec(axes: str, shape: Sequence[int], rules: ShardingRules, mesh: 
     return PartitionSpec(*spec)
 
 
-def named_sharding(axes: str, shape: Sequence[int], mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> NamedSharding:
+def named_sharding(
+    axes: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: ShardingRules = DEFAULT_RULES
+) -> NamedSharding:
     """`partition_spec` bound to its mesh."""
     return NamedSharding(mesh, partition_spec(axes, shape, rules, mesh))

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
@@ -18,6 +19,8 @@ R = TypeVar("R")
 
 TEXT_THREADS = 2
 MAX_EVENT_INTERVAL_S = 0.1  # more would be seen
+EVENTS_PER_S = 2000.0
+EVENTS_PER_CORE = 100.0  # a second; an event takes about half a millisecond, here and in a client on this machine
 MAX_CHARS_PER_TOKEN = 256  # no vocabulary's longest tokens, which are runs of spaces, come near it on average
 
 
@@ -71,7 +74,13 @@ class ServerState:
 
     def event_interval(self) -> float:
         """Shortest time between two events of one stream, in seconds, with as many streams as there are now."""
-        return min(self.in_flight / self.config.max_events_per_s, MAX_EVENT_INTERVAL_S)
+        return min(self.in_flight / self._max_events_per_s(), MAX_EVENT_INTERVAL_S)
+
+    def _max_events_per_s(self) -> float:
+        if self.config.max_events_per_s is not None:
+            return self.config.max_events_per_s
+        info = self.engine.info
+        return EVENTS_PER_CORE * (os.cpu_count() or 1) if info and info.device.startswith("cpu") else EVENTS_PER_S
 
     def enter(self) -> None:
         """Counts a request in; `leave` counts it out again.

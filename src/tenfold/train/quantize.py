@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from tenfold.base.errors import ConfigError
 from tenfold.base.files import TOKENIZER_FILES, matches
 from tenfold.data.tokenizer import Tokenizer
 from tenfold.kernels.attention import Attend, AttentionSpec, Heads, packed_attention
-from tenfold.kernels.matmul import ObservedWeight, reference
+from tenfold.kernels.matmul import ObservedWeight, QuantizedWeight, reference
 from tenfold.models.family import Model, resolve
 from tenfold.nn import checkpoint
 from tenfold.nn.param import Param, Tree, is_param
-from tenfold.nn.quantization import Scheme, find_scheme
+from tenfold.nn.quantization import Scheme, find_scheme, quantize_param
 from tenfold.train.calibration import draw_rows
 from tenfold.train.gptq import gptq
 from tenfold.train.loss import next_token_loss
@@ -55,8 +55,10 @@ class Quantized:
 
 
 def quantizable(p: Param) -> bool:
-    """Whether a weight is rounded: all that products use, but the vocabulary's, which is small and most sensitive."""
-    return bool(p.inputs) and "vocab" not in p.axes.split()
+    """Whether a weight is rounded: all that products use, but those with the vocabulary and those that choose experts,
+    which are small and most sensitive, and experts that share a tensor, which the format has no place for."""
+    written = p.experts is None or p.stack_dims > 0
+    return bool(p.inputs) and "vocab" not in p.axes.split() and not p.routes and written
 
 
 def calibrate(
@@ -69,6 +71,8 @@ def calibrate(
     report: Report | None = None,
 ) -> Tree:
     """The weights with those that are `quantizable` rounded by GPTQ, in the order in which the model uses them.
+
+    Experts are rounded to the nearest: too few of the tokens reach each of them to fit it to.
 
     One forward over all rows does it: a weight is rounded when the activations reach it, and what comes after sees the
     products with the rounded one. The activations of all rows are in memory, for one layer.
@@ -103,7 +107,21 @@ def calibrate(
 
         return ObservedWeight(product=product, dims=p.output_dims)
 
-    observed = [observe(i, p) if quantizable(p) else leaves[i] for i, p in enumerate(declared)]
+    def round_experts(i: int, p: Param) -> QuantizedWeight | jax.Array:
+        done[i] = weight = quantize_param(p, leaves[i], scheme)
+        if isinstance(weight, QuantizedWeight):
+            scales = weight.scales.astype(scale_dtype).astype(jnp.float32)
+            done[i] = weight = replace(weight, scales=scales)
+        if report:
+            report(len(done), total)
+        return weight
+
+    def prepare(i: int, p: Param) -> Any:
+        if not quantizable(p):
+            return leaves[i]
+        return observe(i, p) if p.experts is None else round_experts(i, p)
+
+    observed = [prepare(i, p) for i, p in enumerate(declared)]
     tokens, positions = (jnp.asarray(array).reshape(-1) for array in (rows.tokens, rows.positions))
     with jax.disable_jit():
         model.forward(treedef.unflatten(observed), tokens, positions, _attend_by_row(rows))
@@ -143,7 +161,7 @@ def _attend_by_row(rows: Rows) -> Attend:
             cache = heads.k, heads.v
         q, k, v = (x.reshape(N, L, *x.shape[1:]) for x in (heads.q, *cache))
         with jax.disable_jit(False):
-            parts = [_attention(q[at], k[at], v[at], segments[at], spec) for at in _cut(N)]
+            parts = [_attention(q[at], k[at], v[at], segments[at], spec, heads.sinks) for at in _cut(N)]
         o = jnp.concatenate(parts)
         return o.reshape(N * L, *o.shape[2:]), cache
 
@@ -202,7 +220,7 @@ def quantize_checkpoint(
     held_out = -(-samples // HELD_OUT)
     rows = draw_rows(texts, tokenizer, min(ROW_LENGTH, model.config.max_len), samples + held_out, seed)
     calibration, measured = Rows(*(a[:samples] for a in rows)), Rows(*(a[samples:] for a in rows))
-    params = checkpoint.load(path, model.params(), jnp.float32, unused=model.unused())
+    params = checkpoint.load(path, model.params(), jnp.float32, skipped=model.skipped())
     before = perplexity(model, params, measured)
     dtype = _stored_dtype(config)
     params = calibrate(model, params, calibration, chosen, scale_dtype=dtype, report=report)

@@ -1,0 +1,258 @@
+"""Mixtures of experts (Shazeer et al., 2017): a router that chooses some experts for every token, and the experts.
+
+What differs between families is data: a `Router`, which weights are declared, and the `Gating` of the experts.
+Declarations and computation meet in a dict of weights, under these names:
+
+    router              [D, E]; `router_bias` [E], which is added to the logits
+    choice_bias         [E]: is added to the scores for the choice of experts alone (DeepSeek-V3)
+    gate, up, down      of every expert: [E, D, F] twice, and [E, F, D]; `gate_bias`, `up_bias` and `down_bias`
+    gate_up             instead of gate and up, where a checkpoint fuses them: [E, D, 2, F]
+    gate_up_pairs       likewise, but where they are interleaved: [E, D, F, 2], and `gate_up_pairs_bias`
+    shared              {gate, up, down} of an expert that every token has; `shared_gate` [D, 1] weighs it by a sigmoid
+
+`mixture` dispatches tokens by sorting them by expert, and multiplies each with the weights of its own experts only; no
+token is dropped. A token's result depends on that token alone, to the last bit where the products do: what its experts
+say is added in the order in which its own router ranks them.
+
+Dims: T packed tokens, D model width, E experts, k experts of a token, F feed-forward width of an expert.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from tenfold.kernels.grouped_matmul import grouped_matmul, output_dims
+from tenfold.kernels.matmul import matmul
+from tenfold.nn.layers import activation, project, project_all
+from tenfold.nn.mlp import gated_mlp
+from tenfold.nn.param import Param, param, stack
+
+Gating = Callable[[jax.Array, jax.Array], jax.Array]
+"""What an expert makes of x · gate and x · up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """How experts are chosen for a token, and weighed.
+
+    Scores are a function of the logits x · router. The `top_k` best ones are chosen, by score (plus `choice_bias` where
+    it is declared), out of the best groups. Their weights are their scores, without that bias.
+
+    Attributes:
+        top_k: experts of a token.
+        score: "softmax" over all experts, "sigmoid", or "sqrt_softplus" (DeepSeek-V4). The softmax of the chosen logits
+            (gpt-oss) is "softmax" with `renormalize`.
+        renormalize: weights are divided by their sum.
+        scale: then multiplies the weights.
+        groups: into how many groups of neighbours the experts are divided.
+        top_groups: out of how many of them a token chooses.
+        group_score: what ranks groups: their best expert ("max", DeepSeek-V2), or the sum of their best two ("top2").
+        on_input: weights multiply what goes into the experts, not what comes out (Llama 4).
+    """
+
+    top_k: int
+    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
+    renormalize: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["max", "top2"] = "top2"
+    on_input: bool = False
+
+
+class Routing(NamedTuple):
+    """The experts of every token, in the order of their scores, and their weights."""
+
+    experts: Int[Array, "T k"]
+    weights: Float32[Array, "T k"]
+
+
+def _total(x: Float32[Array, "T n"]) -> Float32[Array, "T 1"]:
+    """The sums of rows, in one order however many rows there are, which XLA's own sums do not promise."""
+    while x.shape[1] > 1:
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2)))
+        x = x[:, : x.shape[1] // 2] + x[:, x.shape[1] // 2 :]
+    return x
+
+
+def _softmax(logits: Float32[Array, "T E"]) -> Float32[Array, "T E"]:
+    exponentials = jnp.exp(logits - logits.max(-1, keepdims=True))
+    return exponentials / _total(exponentials)
+
+
+_SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": _softmax,
+    "sigmoid": jax.nn.sigmoid,
+    "sqrt_softplus": lambda logits: jnp.sqrt(jax.nn.softplus(logits)),
+}
+
+
+# --- declarations ---------------------------------------------------------------------------------------------------
+
+
+def router_params(hf: str, D: int, E: int, *, bias: bool = False, choice_bias: str | None = None) -> dict[str, Param]:
+    """Declares the router whose checkpoint names start with `hf`; `choice_bias` is the full name of that bias."""
+    declared = {"router": param((D, E), "embed experts", f"{hf}.weight", "E D -> D E", inputs="embed")}
+    if bias:
+        declared["router_bias"] = param((E,), "experts", f"{hf}.bias", init="zeros")
+    if choice_bias:
+        declared["choice_bias"] = param((E,), "experts", choice_bias, init="zeros")
+    return declared
+
+
+def expert_params(
+    at: str, D: int, F: int, E: int, *, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
+) -> dict[str, Param]:
+    """Declares experts that have tensors of their own: `{at}.{expert}.{name}.weight`, names of gate, up and down."""
+
+    def of_all(name: str, shape: tuple[int, int], axes: str, layout: str) -> Param:
+        inputs = axes.split()[0]
+        return stack(
+            [param(shape, axes, f"{at}.{e}.{name}.weight", layout, inputs=inputs) for e in range(E)], "experts"
+        )
+
+    gate, up, down = names
+    return {
+        "gate": of_all(gate, (D, F), "embed mlp", "F D -> D F"),
+        "up": of_all(up, (D, F), "embed mlp", "F D -> D F"),
+        "down": of_all(down, (F, D), "mlp embed", "D F -> F D"),
+    }
+
+
+def fused_expert_params(
+    at: str, D: int, F: int, E: int, *, interleaved: bool = False, bias: bool = False
+) -> dict[str, Param]:
+    """Declares experts that share tensors: `{at}.gate_up_proj` [E, D, 2F] and `{at}.down_proj` [E, F, D].
+
+    `interleaved`: each gate is followed by its up (gpt-oss); else all gates come first (Llama 4).
+    """
+    if interleaved:
+        name, dims, axes, pair = "gate_up_pairs", (F, 2), "mlp gates", "F two"
+    else:
+        name, dims, axes, pair = "gate_up", (2, F), "gates mlp", "two F"
+    hf, layout = f"{at}.gate_up_proj", f"E D ({pair}) -> E D {pair}"
+    declared = {
+        name: param((E, D, *dims), f"experts embed {axes}", hf, layout, inputs="embed"),
+        "down": param((E, F, D), "experts mlp embed", f"{at}.down_proj", inputs="mlp"),
+    }
+    if bias:
+        layout = f"E ({pair}) -> E {pair}"
+        declared[f"{name}_bias"] = param((E, *dims), f"experts {axes}", f"{hf}_bias", layout, init="zeros")
+        declared["down_bias"] = param((E, D), "experts embed", f"{at}.down_proj_bias", init="zeros")
+    return declared
+
+
+def shared_gate_param(hf: str, D: int) -> Param:
+    """Declares what weighs a shared expert; its checkpoint name starts with `hf`."""
+    return param((D, 1), "embed gates", f"{hf}.weight", "one D -> D one", inputs="embed")
+
+
+# --- choosing -------------------------------------------------------------------------------------------------------
+
+
+def choose(logits: Float32[Array, "T E"], router: Router, choice_bias: Float[Array, " E"] | None = None) -> Routing:
+    """The experts of every token. Of equal scores, the expert that comes first is chosen."""
+    # A sigmoid does not change the order of logits, but rounds close large ones to equal scores.
+    scores = _SCORES[router.score](logits)
+    ranked = logits if router.score == "sigmoid" and choice_bias is None and router.groups == 1 else scores
+    if choice_bias is not None:
+        ranked = ranked + choice_bias.astype(jnp.float32)[None]
+    if router.top_groups < router.groups:
+        ranked = _best_groups(ranked, router)
+    _, experts = jax.lax.top_k(ranked, router.top_k)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if router.renormalize:
+        weights = weights / (_total(weights) + 1e-20)
+    return Routing(experts, weights * router.scale)
+
+
+def _best_groups(scores: Float32[Array, "T E"], router: Router) -> Float32[Array, "T E"]:
+    """The scores, without those of groups that are not among the best."""
+    T, E = scores.shape
+    grouped = scores.reshape(T, router.groups, -1)
+    best, _ = jax.lax.top_k(grouped, 1 if router.group_score == "max" else 2)
+    _, kept = jax.lax.top_k(best.sum(-1), router.top_groups)
+    chosen = (kept[:, :, None] == jnp.arange(router.groups)).any(1)
+    return jnp.where(chosen[:, :, None], grouped, -jnp.inf).reshape(T, E)
+
+
+# --- computing ------------------------------------------------------------------------------------------------------
+
+
+def gated(act: str) -> Gating:
+    """act(gate) ⊙ up, for the name of an activation."""
+    apply = activation(act)
+    return lambda gate, up: apply(gate) * up
+
+
+def feed_forward(x: Float[Array, "T D"], p: Mapping[str, Any], router: Router, act: str) -> Float[Array, "T D"]:
+    """The mixture, in layers that have a router, and in others the one feed-forward of `nn.mlp`."""
+    return mixture(x, p, router, gated(act)) if "router" in p else gated_mlp(x, p, act)
+
+
+def mixture(x: Float[Array, "T D"], p: Mapping[str, Any], router: Router, gating: Gating) -> Float[Array, "T D"]:
+    """What the experts of each token make of it, weighed and added up; and the shared expert, where there is one.
+
+    Args:
+        x: the tokens.
+        p: the weights, as the module describes them.
+        router: how to choose.
+        gating: what an expert does between its products; the shared expert does it too.
+    """
+    logits = matmul(x, p["router"], dtype=jnp.float32)[0]
+    if "router_bias" in p:
+        logits = logits + p["router_bias"].astype(jnp.float32)[None]
+    y = _dispatch(x, p, choose(logits, router, p.get("choice_bias")), logits.shape[1], router.on_input, gating)
+    return y + _shared(x, p, gating) if "shared" in p else y
+
+
+def _shared(x: Float[Array, "T D"], p: Mapping[str, Any], gating: Gating) -> Float[Array, "T D"]:
+    """The expert that every token has."""
+    gate, up = project_all(x, (p["shared"]["gate"], None), (p["shared"]["up"], None))
+    y = project(gating(gate, up), p["shared"]["down"])
+    return y if "shared_gate" not in p else jax.nn.sigmoid(project(x, p["shared_gate"])) * y
+
+
+def _dispatch(
+    x: Float[Array, "T D"], p: Mapping[str, Any], routing: Routing, E: int, on_input: bool, gating: Gating
+) -> Float[Array, "T D"]:
+    """Every token through its experts: its k copies are sorted by expert, and what becomes of them is put back."""
+    T, k = routing.experts.shape
+    chosen, weights = routing.experts.reshape(-1), routing.weights
+    order = jnp.argsort(chosen, stable=True)
+    rows = x[order // k]
+    if on_input:
+        rows = rows * weights.reshape(-1, 1)[order].astype(x.dtype)
+    sizes = jnp.bincount(chosen, length=E)
+    y = _experts(rows, chosen[order], sizes, p, gating)[jnp.argsort(order)].reshape(T, k, -1).astype(jnp.float32)
+    if not on_input:
+        y = y * weights[:, :, None]
+    total = y[:, 0]
+    for i in range(1, k):  # in the order of the token's own ranking
+        total = total + y[:, i]
+    return total.astype(x.dtype)
+
+
+def _experts(
+    rows: Float[Array, "M D"], experts: Int[Array, " M"], sizes: Int[Array, " E"], p: Mapping[str, Any], gating: Gating
+) -> Float[Array, "M D"]:
+    """Each row through one expert, the rows sorted by expert."""
+
+    def products(x: jax.Array, *names: str) -> list[jax.Array]:
+        ys = zip(names, grouped_matmul(x, sizes, *(p[name] for name in names)), strict=True)
+        shaped = [(name, y.reshape(-1, *output_dims(p[name]))) for name, y in ys]
+        return [y + p[f"{name}_bias"][experts] if f"{name}_bias" in p else y for name, y in shaped]
+
+    if "gate_up" in p:
+        [both] = products(rows, "gate_up")
+        gate, up = both[:, 0], both[:, 1]
+    elif "gate_up_pairs" in p:
+        [both] = products(rows, "gate_up_pairs")
+        gate, up = both[..., 0], both[..., 1]
+    else:
+        gate, up = products(rows, "gate", "up")
+    return products(gating(gate, up), "down")[0]
