@@ -267,10 +267,25 @@ ffi::Error grouped_matmul_quantized(ffi::ThreadPool pool, int64_t bits, int64_t 
 
 constexpr int64_t kNormTask = 4096;  // values that one task normalises at least
 
+// Whether x, what scales and shifts its rows, and the output are all float32 or all bfloat16.
+bool alike(ffi::AnyBuffer x, std::initializer_list<ffi::DataType> others) {
+  return is_float(x.element_type()) && std::all_of(others.begin(), others.end(), [&](ffi::DataType other) {
+           return other == x.element_type();
+         });
+}
+
+// Runs `normalise(row, first value of the row)` for all rows of D values.
+template <typename Normalise>
+void run_rows(ffi::ThreadPool& pool, int64_t rows, int64_t D, const Normalise& normalise) {
+  const int64_t per_task = std::max<int64_t>(1, kNormTask / D);
+  parallel_for(pool, ceil_div(rows, per_task), [&](int64_t task) {
+    for (int64_t row = task * per_task; row < std::min(rows, (task + 1) * per_task); ++row) normalise(row, row * D);
+  });
+}
+
 ffi::Error rms_norm(ffi::ThreadPool pool, float eps, float offset, bool weight_last, ffi::AnyBuffer x,
                     ffi::AnyBuffer weight, ffi::Result<ffi::AnyBuffer> out) {
-  if (!is_float(x.element_type()) || weight.element_type() != x.element_type() ||
-      out->element_type() != x.element_type()) {
+  if (!alike(x, {weight.element_type(), out->element_type()})) {
     return invalid("x, weight and output must be all float32 or all bfloat16");
   }
   const int64_t D = static_cast<int64_t>(weight.element_count());
@@ -279,17 +294,42 @@ ffi::Error rms_norm(ffi::ThreadPool pool, float eps, float offset, bool weight_l
     return invalid("the weight does not match the last dim of x");
   }
   const NormKernels& k = norms();
-  const int64_t rows = total / D, per_task = std::max<int64_t>(1, kNormTask / D);
-  parallel_for(pool, ceil_div(rows, per_task), [&](int64_t task) {
-    for (int64_t row = task * per_task; row < std::min(rows, (task + 1) * per_task); ++row) {
-      if (x.element_type() == ffi::F32) {
-        k.rms_norm_f32(x.typed_data<float>() + row * D, weight.typed_data<float>(), D, eps, offset, weight_last,
-                       out->typed_data<float>() + row * D);
-      } else {
-        k.rms_norm_bf16(static_cast<const uint16_t*>(x.untyped_data()) + row * D,
-                        static_cast<const uint16_t*>(weight.untyped_data()), D, eps, offset, weight_last,
-                        static_cast<uint16_t*>(out->untyped_data()) + row * D);
-      }
+  run_rows(pool, total / D, D, [&](int64_t, int64_t at) {
+    if (x.element_type() == ffi::F32) {
+      k.rms_norm_f32(x.typed_data<float>() + at, weight.typed_data<float>(), D, eps, offset, weight_last,
+                     out->typed_data<float>() + at);
+    } else {
+      k.rms_norm_bf16(static_cast<const uint16_t*>(x.untyped_data()) + at,
+                      static_cast<const uint16_t*>(weight.untyped_data()), D, eps, offset, weight_last,
+                      static_cast<uint16_t*>(out->untyped_data()) + at);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// The weight and bias have one row for all, or one for each of the N rows that x repeats (its heads).
+ffi::Error layer_norm(ffi::ThreadPool pool, float eps, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::AnyBuffer bias,
+                      ffi::Result<ffi::AnyBuffer> out) {
+  if (!alike(x, {weight.element_type(), bias.element_type(), out->element_type()})) {
+    return invalid("x, weight, bias and output must be all float32 or all bfloat16");
+  }
+  const int64_t D = x.dimensions().size() == 0 ? 0 : x.dimensions().back();
+  const int64_t total = static_cast<int64_t>(x.element_count()), scaled = static_cast<int64_t>(weight.element_count());
+  if (D == 0 || scaled == 0 || scaled % D || total % scaled || bias.element_count() != weight.element_count() ||
+      static_cast<int64_t>(out->element_count()) != total) {
+    return invalid("the weight and bias do not match the last dims of x");
+  }
+  const NormKernels& k = norms();
+  run_rows(pool, total / D, D, [&](int64_t row, int64_t at) {
+    const int64_t own = row % (scaled / D) * D;
+    if (x.element_type() == ffi::F32) {
+      k.layer_norm_f32(x.typed_data<float>() + at, weight.typed_data<float>() + own, bias.typed_data<float>() + own, D,
+                       eps, out->typed_data<float>() + at);
+    } else {
+      k.layer_norm_bf16(static_cast<const uint16_t*>(x.untyped_data()) + at,
+                        static_cast<const uint16_t*>(weight.untyped_data()) + own,
+                        static_cast<const uint16_t*>(bias.untyped_data()) + own, D, eps,
+                        static_cast<uint16_t*>(out->untyped_data()) + at);
     }
   });
   return ffi::Error::Success();
@@ -305,6 +345,7 @@ TENFOLD_PUBLIC XLA_FFI_Error* tenfold_matmul_quantized(XLA_FFI_CallFrame*);
 TENFOLD_PUBLIC XLA_FFI_Error* tenfold_grouped_matmul(XLA_FFI_CallFrame*);
 TENFOLD_PUBLIC XLA_FFI_Error* tenfold_grouped_matmul_quantized(XLA_FFI_CallFrame*);
 TENFOLD_PUBLIC XLA_FFI_Error* tenfold_rms_norm(XLA_FFI_CallFrame*);
+TENFOLD_PUBLIC XLA_FFI_Error* tenfold_layer_norm(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     tenfold_matmul, tenfold::matmul,
@@ -347,6 +388,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tenfold_rms_norm, tenfold::rms_norm,
                                   .Attr<float>("eps")
                                   .Attr<float>("offset")
                                   .Attr<bool>("weight_last")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tenfold_layer_norm, tenfold::layer_norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("eps")
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());

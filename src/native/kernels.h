@@ -51,13 +51,18 @@ struct Kernels {
   void (*store_bf16)(const float* acc, int64_t M, int64_t columns, uint16_t* out, int64_t ldo);
 };
 
-// Root-mean-square normalisation of a row of D values, added up in one order whatever D's row stands beside.
-// weight_last: round x / rms(x) to T, then multiply by the weight; else multiply by weight + offset, then round.
+// Normalisation of a row of D values, added up in one order whatever stands beside it.
 struct NormKernels {
+  // By the root mean square. weight_last: round x / rms(x) to T, then multiply by the weight; else multiply by
+  // weight + offset, then round.
   void (*rms_norm_f32)(const float* x, const float* weight, int64_t D, float eps, float offset, bool weight_last,
                        float* out);
   void (*rms_norm_bf16)(const uint16_t* x, const uint16_t* weight, int64_t D, float eps, float offset,
                         bool weight_last, uint16_t* out);
+  // By mean and deviation: (x - mean) / deviation · weight + bias.
+  void (*layer_norm_f32)(const float* x, const float* weight, const float* bias, int64_t D, float eps, float* out);
+  void (*layer_norm_bf16)(const uint16_t* x, const uint16_t* weight, const uint16_t* bias, int64_t D, float eps,
+                          uint16_t* out);
 };
 
 extern const NormKernels baseline_norms, avx2_norms, avx512_norms;

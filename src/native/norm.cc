@@ -17,18 +17,23 @@ inline F32x16 rounded(F32x16 v, const uint16_t*) {
   return widen(half);
 }
 
-// Calls body(vector of x, vector of weights, where they go) for every 16 neighbours; the last are padded with zeros.
-template <typename T, typename Body>
-inline void for_lanes(const T* x, const T* w, T* out, int64_t D, const Body& body) {
+// The first n < 16 values and zeros.
+template <typename T>
+inline F32x16 widen_part(const T* x, int64_t n) {
+  T part[kLanes] = {};
+  std::memcpy(part, x, static_cast<size_t>(n) * sizeof(T));
+  return widen(part);
+}
+
+// Calls body(where they go, a vector of each input...) for every 16 neighbours; the last are padded with zeros.
+template <typename T, typename Body, typename... Inputs>
+inline void for_lanes(int64_t D, T* out, const Body& body, const Inputs*... inputs) {
   int64_t d = 0;
-  for (; d + kLanes <= D; d += kLanes) body(widen(x + d), widen(w + d), out + d);
+  for (; d + kLanes <= D; d += kLanes) body(out + d, widen(inputs + d)...);
   if (d < D) {
-    T part[kLanes] = {}, weights[kLanes] = {}, result[kLanes];
-    const size_t bytes = static_cast<size_t>(D - d) * sizeof(T);
-    std::memcpy(part, x + d, bytes);
-    std::memcpy(weights, w + d, bytes);
-    body(widen(part), widen(weights), result);
-    std::memcpy(out + d, result, bytes);
+    T result[kLanes];
+    body(result, widen_part(inputs + d, D - d)...);
+    std::memcpy(out + d, result, static_cast<size_t>(D - d) * sizeof(T));
   }
 }
 
@@ -42,18 +47,43 @@ void rms_norm(const T* x, const T* weight, int64_t D, float eps, float offset, b
     squares = fma(v, v, squares);
   }
   if (d < D) {
-    T part[kLanes] = {};
-    std::memcpy(part, x + d, static_cast<size_t>(D - d) * sizeof(T));
-    const F32x16 v = widen(part);
+    const F32x16 v = widen_part(x + d, D - d);
     squares = fma(v, v, squares);
   }
   float lanes[kLanes], sum = 0;
   store(lanes, squares);
   for (const float each : lanes) sum += each;
   const F32x16 scale = splat(1.0f / __builtin_sqrtf(sum / static_cast<float>(D) + eps));
-  for_lanes(x, weight, out, D, [&](F32x16 v, F32x16 w, T* to) {
+  const auto scaled = [&](T* to, F32x16 v, F32x16 w) {
     narrow(to, weight_last ? rounded(v * scale, unused) * w : v * scale * (w + offset));
-  });
+  };
+  for_lanes(D, out, scaled, x, weight);
+}
+
+// Calls body(deviations from the mean) for every 16 neighbours; those past the last value are 0.
+template <typename T, typename Body>
+inline void for_deviations(const T* x, int64_t D, float mean, const Body& body) {
+  int64_t d = 0;
+  for (; d + kLanes <= D; d += kLanes) body(widen(x + d) - mean);
+  if (d < D) {
+    F32x16 v = widen_part(x + d, D - d) - mean;
+    for (int64_t i = D - d; i < kLanes; ++i) v[i] = 0;
+    body(v);
+  }
+}
+
+template <typename T>
+void layer_norm(const T* x, const T* weight, const T* bias, int64_t D, float eps, T* out) {
+  F32x16 sums{}, squares{};
+  for_deviations(x, D, 0.0f, [&](F32x16 v) { sums += v; });
+  float mean = 0, variance = 0;
+  for (int i = 0; i < kLanes; ++i) mean += sums[i];
+  mean /= static_cast<float>(D);
+  for_deviations(x, D, mean, [&](F32x16 v) { squares = fma(v, v, squares); });
+  for (int i = 0; i < kLanes; ++i) variance += squares[i];
+  const F32x16 scale = splat(1.0f / __builtin_sqrtf(variance / static_cast<float>(D) + eps));
+  const auto scaled = [&](T* to, F32x16 v, F32x16 w, F32x16 b) { narrow(to, fma((v - mean) * scale, w, b)); };
+  for_lanes(D, out, scaled, x, weight, bias);
 }
 
 }  // namespace
@@ -61,6 +91,7 @@ void rms_norm(const T* x, const T* weight, int64_t D, float eps, float offset, b
 #define TENFOLD_JOIN_(a, b) a##b
 #define TENFOLD_JOIN(a, b) TENFOLD_JOIN_(a, b)
 
-const NormKernels TENFOLD_JOIN(TENFOLD_INSTRUCTION_SET, _norms) = {rms_norm<float>, rms_norm<uint16_t>};
+const NormKernels TENFOLD_JOIN(TENFOLD_INSTRUCTION_SET, _norms) = {rms_norm<float>, rms_norm<uint16_t>, layer_norm<float>,
+                                                                 layer_norm<uint16_t>};
 
 }  // namespace tenfold

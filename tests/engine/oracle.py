@@ -37,6 +37,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 13,
         "query_pre_attn_scalar": 8,
     },
+    "sharing": _SIZES
+    | {
+        "architectures": ["Gemma4ForCausalLM"],
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 2,
+        "global_head_dim": 12,
+        "sliding_window": 13,
+        "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full")],
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+    },
     "recurrent": _SIZES
     | {
         "architectures": ["Qwen3NextForCausalLM"],

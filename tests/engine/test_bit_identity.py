@@ -50,6 +50,7 @@ def make_engine(dtype: str, scheme: str | None, cache: str, model: str) -> Engin
     cache_memory = sum(
         spec.page_bytes(8, cache_dtype(config, dtype)) * (1 + blocks_of(spec.reach, MAX_LEN, config) * PREEMPTING)
         for spec in tiny.model.cache_specs()
+        if spec
     )
     config = replace(config, cache_memory=int(cache_memory))
     return Engine(tiny.model, params, config, plan_cache(tiny.model, config, jnp.dtype(dtype), 2**30, "cpu"), EOS)
@@ -62,7 +63,11 @@ def exact(scored: Sequence[TokenLogprobs | None] | None) -> list[tuple[object, .
 @pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize(
     ("form", "model"),
-    [*((form, model) for form in FORMATS for model in ("full", "alternating")), ("bfloat16", "experts")],
+    [
+        *((form, model) for form in FORMATS for model in ("full", "alternating")),
+        ("bfloat16", "experts"),
+        ("float32", "sharing"),
+    ],
 )
 def test_logprobs_are_bit_identical_alone_and_in_any_company(form: str, model: str) -> None:
     """Alone or in a batch, in chunks or whole, on a prefix hit or a miss, before and after a preemption."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tenfold.kernels import native
 from tenfold.kernels.attention import AttentionSpec
-from tenfold.kernels.paged_attention import NativeCache, RaggedBatch, update
+from tenfold.kernels.paged_attention import NativeCache, RaggedBatch, read, update
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
 
@@ -295,6 +295,15 @@ def test_sinks_of_minus_infinity_are_none(queries: str, cache: str) -> None:
     case = Case(heads, [draw_sequence(np.random.default_rng(0), heads, 300)])
     without, with_them = (case.run([(0, 200, 300)], AttentionSpec(0.3), s) for s in (None, np.full(4, -np.inf, "f4")))
     np.testing.assert_array_equal(without, with_them)
+
+
+@pytest.mark.parametrize(("queries", "cache"), PAIRS)
+def test_reading_a_cache_attends_to_what_is_in_it(queries: str, cache: str) -> None:
+    heads, spec = Heads(queries=queries, cache=cache), AttentionSpec(0.3, window=50, softcap=5.0)
+    case = Case(heads, [draw_sequence(np.random.default_rng(0), heads, n) for n in (300, 20)])
+    parts = [(1, 19, 20), (0, 200, 300)]
+    out = jax.jit(read, static_argnames="spec")(case.queries(parts), case.cache(), case.batch(parts), spec=spec)
+    np.testing.assert_array_equal(out, case.run(parts, spec))
 
 
 # --- the same bits ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from tenfold.base.errors import UnsupportedModelError
 from tenfold.models import FAMILIES
 from tenfold.models.family import resolve
-from tests.parity.cases import CASES, SIZES
+from tests.parity.cases import CASES, GPT2, SIZES
 from tests.parity.golden import DIRECTORY
 
 KEYS: dict[str, list[str]] = json.loads((DIRECTORY / "config_keys.json").read_text())
@@ -36,6 +36,29 @@ IRRELEVANT = {
     "return_dict": False,
     "output_attentions": True,
     "output_hidden_states": True,
+    "attn_pdrop": 0.3,
+    "dropout": 0.3,
+    "layerdrop": 0.3,
+    "residual_dropout": 0.3,
+    "init_std": 0.5,
+    "reorder_and_upcast_attn": True,  # scores are float32 anyway
+    "summary_activation": "tanh",
+    "summary_first_dropout": 0.3,
+    "summary_proj_to_labels": False,
+    "summary_type": "last",
+    "summary_use_proj": False,
+    "altup_coef_clip": 1.0,  # while training
+    "vision_config": {"hidden_size": 30},  # text alone
+    "audio_config": {"hidden_size": 30},
+    "mm_tokens_per_image": 3,
+    **dict.fromkeys(
+        (
+            f"{name}_token_{kind}"
+            for name in ("boi", "eoi", "image", "video", "boa", "eoa", "audio")
+            for kind in ("id", "index")
+        ),
+        7,
+    ),
     "problem_type": "regression",
     "id2label": {"0": "LABEL_0"},
     "label2id": {"LABEL_0": 0},
@@ -48,6 +71,17 @@ IRRELEVANT = {
 REFUSED = {
     "is_encoder_decoder": True,
     "use_bidirectional_attention": True,
+    "layer_norm_elementwise_affine": False,
+    "qk_layernorm": True,
+}
+OWN_INPUTS = {"vocab_size_per_layer_input": 90, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": GPT2,
+    "opt": {"ffn_dim": 68},
+    "gemma3": {"text_config": SIZES},
+    "gemma3n_text": OWN_INPUTS | {"tie_word_embeddings": True},
+    "gemma4_text": OWN_INPUTS,
+    "gemma4": {"text_config": SIZES | OWN_INPUTS},
 }
 SLIDING = {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
@@ -63,6 +97,8 @@ HONOURED: dict[str, tuple[Any, dict[str, Any]]] = {
     "max_position_embeddings": (512, {}),
     "original_max_position_embeddings": (64, {}),
     "rms_norm_eps": (1e-4, {}),
+    "layer_norm_eps": (1e-4, {}),
+    "layer_norm_epsilon": (1e-4, {}),
     "tie_word_embeddings": (True, {}),
     "rope_parameters": ({"rope_type": "default", "rope_theta": 77.0}, {}),
     "hidden_act": ("gelu", {}),
@@ -105,11 +141,50 @@ HONOURED: dict[str, tuple[Any, dict[str, Any]]] = {
     "attn_temperature_tuning": (False, {}),
     "floor_scale": (16, {}),
     "attn_scale": (0.5, {}),
+    "logit_scale": (0.3, {}),
+    "sliding_window_pattern": (2, {}),
+    "attention_multiplier": (0.3, {}),
+    "embedding_multiplier": (0.3, {}),
+    "logits_scaling": (0.3, {}),
+    "residual_multiplier": (0.3, {}),
+    "attention_out_bias": (True, {}),
+    "activation_function": ("silu", {}),
+    "n_embd": (96, {}),
+    "n_head": (12, {}),
+    "n_inner": (70, {}),
+    "n_layer": (4, {}),
+    "n_positions": (512, {}),
+    "scale_attn_by_inverse_layer_idx": (True, {}),
+    "scale_attn_weights": (False, {}),
+    "ffn_dim": (70, {}),
+    "word_embed_proj_dim": (20, {}),
+    "do_layer_norm_before": (False, {}),
+    "_remove_final_layer_norm": (True, {}),
+    "enable_bias": (False, {}),
+    "text_config": (SIZES | OWN_INPUTS | {"hidden_size": 96}, {}),
+    "vocab_size_per_layer_input": (91, {}),
+    "hidden_size_per_layer_input": (9, {}),
+    "num_kv_shared_layers": (1, {"layer_types": SLIDING["layer_types"]}),
+    "laurel_rank": (5, {}),
+    "altup_num_inputs": (3, {}),
+    "altup_active_idx": (1, {}),
+    "altup_correct_scale": (False, {}),
+    "activation_sparsity_pattern": ([0.5, 0.0, 0.0], {}),
+    "attention_k_eq_v": (True, {}),
+    "use_double_wide_mlp": (True, {"num_kv_shared_layers": 1, "layer_types": SLIDING["layer_types"]}),
+    "per_layer_config": ({"2": {"head_dim": 20}}, {}),
 }
 NESTED_ROPE = {"full_attention": {"rope_theta": 77.0}, "sliding_attention": {"rope_theta": 7.0}}
 OVERRIDES: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {
     ("gemma3_text", "rope_parameters"): (NESTED_ROPE, {}),
+    ("gemma3n_text", "rope_parameters"): (NESTED_ROPE, {}),
+    ("gemma4_text", "rope_parameters"): (NESTED_ROPE, {}),
     ("olmo3", "rope_parameters"): (NESTED_ROPE, {}),
+    ("glm", "attention_bias"): (False, {}),
+    ("glm4", "attention_bias"): (False, {}),
+    ("seed_oss", "attention_bias"): (False, {}),
+    ("gpt2", "tie_word_embeddings"): (False, {}),
+    ("exaone4", "layer_types"): (SLIDING["layer_types"], {"sliding_window": 7}),
     ("llama4_text", "layer_types"): (["full_attention", "chunked_attention", "full_attention"], {}),
     ("llama4_text", "use_qk_norm"): (False, {}),
     ("glm4_moe", "norm_topk_prob"): (False, {}),
@@ -194,6 +269,7 @@ NO_EXPERTS = (  # which layers of experts alone would need, and those are refuse
     "norm_topk_prob",
 )
 UNUSED = {
+    "gemma4_text": ("num_experts", "top_k_experts", "moe_intermediate_size"),  # of layers that are refused
     "falcon_h1": ("mamba_d_head", "mamba_chunk_size", "num_logits_to_keep"),  # the first follows from the others
     "granitemoehybrid": ("mamba_d_head", "mamba_chunk_size"),
     "nemotron_h": (
@@ -205,14 +281,16 @@ UNUSED = {
     "deepseek_v2": ("num_key_value_heads", "head_dim", "qk_head_dim"),
     "deepseek_v3": ("num_key_value_heads", "head_dim", "qk_head_dim"),
 }
-REFUSED_BY_FAMILY = {
+REFUSED_BY_FAMILY: dict[str, dict[str, Any]] = {
     "gemma3_text": {"attn_logit_softcapping": 11.0},
+    "gemma3n_text": {"attention_bias": True, "tie_word_embeddings": False},
+    "gemma4_text": {"enable_moe_block": True},
     "gpt_oss": {"hidden_act": "gelu"},
     "llama4_text": {"hidden_act": "gelu"},
     "nemotron_h": {"attention_bias": True, "sliding_window": 7, "residual_in_fp32": True},
     "deepseek_v2": {"norm_topk_prob": True, "mlp_bias": True},
 }
-OWN: dict[str, dict[str, Any]] = {  # what a family's sizes need besides SIZES
+OWN: dict[str, dict[str, Any]] = OWN_SIZES | {  # what a family's sizes need besides SIZES
     "qwen2_moe": {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 12, "num_experts": 6},
     "qwen3_moe": {"moe_intermediate_size": 12, "num_experts": 9},
     "glm4_moe": {"moe_intermediate_size": 12, "n_routed_experts": 12},
@@ -224,6 +302,7 @@ OWN: dict[str, dict[str, Any]] = {  # what a family's sizes need besides SIZES
     "deepseek_v3": {"num_key_value_heads": 6, "moe_intermediate_size": 12},
 }
 WRAPPERS = [  # whose text part is a family that has keys here
+    "Gemma3nForConditionalGeneration",
     "Llama4ForConditionalGeneration",
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForCausalLM",
@@ -260,7 +339,11 @@ def test_key_is_honoured_refused_or_irrelevant(model_type: str, key: str) -> Non
         assert resolve(config | {key: value}).config != resolve(config).config
 
 
-@pytest.mark.parametrize("model_type", sorted(KEYS))
+def having(key: str) -> list[str]:
+    return [model_type for model_type in sorted(KEYS) if key in KEYS[model_type]]
+
+
+@pytest.mark.parametrize("model_type", [each for each in sorted(KEYS) if each not in ("gemma4", "gemma4_text")])
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -273,17 +356,19 @@ def test_what_no_family_implements_is_refused_by_name(model_type: str, key: str,
         resolve(base(model_type) | {key: value})
 
 
-@pytest.mark.parametrize("model_type", sorted(KEYS))
-def test_unknown_activation_is_refused_by_name(model_type: str) -> None:
-    key = "hidden_activation" if model_type.startswith("gemma") else "hidden_act"
+@pytest.mark.parametrize(
+    ("model_type", "key"),
+    [(each, key) for key in ("hidden_act", "hidden_activation", "activation_function") for each in having(key)],
+)
+def test_unknown_activation_is_refused_by_name(model_type: str, key: str) -> None:
     with pytest.raises(UnsupportedModelError, match="xielu"):
         resolve(base(model_type) | {key: "xielu"})
 
 
-@pytest.mark.parametrize("model_type", sorted(KEYS))
+@pytest.mark.parametrize("model_type", having("rope_parameters"))
 def test_unknown_rope_is_refused_by_name(model_type: str) -> None:
     rope: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    if model_type in ("gemma3_text", "olmo3"):
+    if OVERRIDES.get((model_type, "rope_parameters"), ({}, {}))[0] is NESTED_ROPE:
         rope = {"full_attention": rope}
     with pytest.raises(UnsupportedModelError, match="dynamic"):
         resolve(base(model_type) | {"rope_parameters": rope})

@@ -8,6 +8,7 @@ from tenfold.base.errors import ConfigError, UnsupportedModelError
 from tenfold.base.files import matches
 from tenfold.kernels.attention import AttentionSpec
 from tenfold.models.family import resolve
+from tenfold.nn.cache import KeyValueSpec
 from tenfold.nn.param import count, leaves
 from tests.parity.cases import SIZES
 
@@ -19,7 +20,7 @@ def config(architecture: str, **own: Any) -> dict[str, Any]:
 
 
 def windows(hf: dict[str, Any]) -> list[int | None]:
-    return [spec.reach.window for spec in resolve(hf).cache_specs()]
+    return [spec.reach.window for spec in resolve(hf).cache_specs() if spec]
 
 
 def test_unknown_architecture_names_the_nearest_family() -> None:
@@ -29,9 +30,13 @@ def test_unknown_architecture_names_the_nearest_family() -> None:
         resolve(config("Qwen9MoeForCausalLM"))
 
 
-def test_multimodal_gemma_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"Gemma3ForConditionalGeneration.*Gemma3ForCausalLM"):
-        resolve({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {"hidden_size": 48}})
+def test_of_multimodal_gemma_the_text_part_is_read() -> None:
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    hf = {"architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {"hidden_size": 1152}}
+    c: Any = resolve(hf | {"text_config": text}).config
+    assert (c.V, c.D, c.L, c.H, c.J, c.K, c.max_len) == (262208, 2560, 34, 8, 4, 256, 131072)  # gemma-3-4b
+    with pytest.raises(UnsupportedModelError, match="per_layer_config"):
+        resolve(hf | {"text_config": text | {"per_layer_config": {"0": {"head_dim": 8}}}})
 
 
 def test_config_without_architectures_is_refused() -> None:
@@ -126,6 +131,70 @@ def test_gemma2_attention() -> None:
         AttentionSpec(scale=0.25, window=None, softcap=50.0),
         AttentionSpec(scale=0.25, window=9, softcap=50.0),
     )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "value"),
+    [
+        ("CohereForCausalLM", "use_parallel_block", False),
+        ("Cohere2ForCausalLM", "use_qk_norm", True),
+        ("Cohere2ForCausalLM", "use_gated_activation", False),
+        ("Cohere2ForCausalLM", "rotary_pct", 0.5),
+        ("Exaone4ForCausalLM", "attention_bias", True),
+        ("Exaone4ForCausalLM", "sliding_window_pattern", "LLLG"),
+        ("Ministral3ForCausalLM", "layer_types", [FULL] * 3),
+        ("GlmForCausalLM", "mlp_bias", True),
+        ("PhiForCausalLM", "qk_layernorm", True),
+        ("OPTForCausalLM", "layer_norm_elementwise_affine", False),
+        ("Gemma3nForCausalLM", "attention_bias", True),
+        ("Gemma3nForCausalLM", "tie_word_embeddings", False),
+        ("Gemma4ForCausalLM", "enable_moe_block", True),
+        ("Gemma4ForCausalLM", "use_bidirectional_attention", "all"),
+        ("Gemma4ForCausalLM", "per_layer_config", {"2": {"sliding_window": 3}}),
+    ],
+)
+def test_what_a_family_lacks_is_refused_by_name(architecture: str, key: str, value: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=key):
+        resolve(config(architecture, **{key: value}))
+
+
+def test_cohere2_and_exaone4_rotate_in_sliding_layers_alone() -> None:
+    for architecture in ("Cohere2ForCausalLM", "Exaone4ForCausalLM"):
+        model = resolve(config(architecture, num_hidden_layers=5))
+        assert [spec.window for spec in model.kinds()] == [4096, 4096, 4096, None, 4096]
+        assert [spec.rope is None for spec in model.kinds()] == [False, False, False, True, False]
+    full = resolve(config("Exaone4ForCausalLM", sliding_window=None))
+    assert full.kinds() == (AttentionSpec(scale=8**-0.5),) * 3
+
+
+def test_ministral3_has_yarn_by_default() -> None:
+    c: Any = resolve(config("Ministral3ForCausalLM")).config
+    assert (c.rope.kind, c.rope.factor, c.rope.original_len, c.query_beta) == ("yarn", 16.0, 16384, 0.1)
+    c = resolve(config("Ministral3ForCausalLM", rope_theta=1e4)).config
+    assert (c.rope.kind, c.query_beta) == ("default", None)
+
+
+def test_gemma4_reads_heads_by_layer_in_both_spellings() -> None:
+    sizes = {"num_hidden_layers": 4, "layer_types": [SLIDING, FULL, SLIDING, FULL], "attention_k_eq_v": True}
+    old = config("Gemma4ForCausalLM", **sizes, head_dim=12, global_head_dim=20, num_global_key_value_heads=3)
+    own = {"head_dim": 20, "num_key_value_heads": 3}
+    new = config("Gemma4ForCausalLM", **sizes, head_dim=12, per_layer_config={"01": own, "03": own})
+    assert resolve(old) == resolve(new)
+    assert resolve(old).cache_specs()[:2] == (KeyValueSpec(2, 12, 512), KeyValueSpec(3, 20))
+    with pytest.raises(ConfigError, match="of different sizes"):
+        resolve(config("Gemma4ForCausalLM", **sizes, per_layer_config={"1": own}))
+
+
+def test_layers_that_share_a_cache_have_none() -> None:
+    sizes = {"num_hidden_layers": 7, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 9}
+    sizes |= {"tie_word_embeddings": True, "num_kv_shared_layers": 2}
+    sizes |= {"layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL, SLIDING, FULL]}
+    for architecture in ("Gemma3nForCausalLM", "Gemma4ForCausalLM"):
+        model = resolve(config(architecture, **sizes))
+        assert [spec is None for spec in model.cache_specs()] == [False] * 5 + [True] * 2
+        assert any("layers.6.self_attn.[kv]_proj" in pattern for pattern in model.skipped())
+    with pytest.raises(ConfigError, match="num_kv_shared_layers=6"):
+        resolve(config("Gemma3nForCausalLM", **sizes | {"num_kv_shared_layers": 6}))
 
 
 def test_with_max_len_changes_that_alone() -> None:

@@ -148,6 +148,21 @@ def test_computed_buffers_of_old_exporters_are_ignored(tmp_path: Path) -> None:
     assert_loaded(checkpoint.load(save(tmp_path, theirs() | extra), declare(), "float32"), theirs())
 
 
+def test_what_the_caller_declares_unused_is_not_read(tmp_path: Path) -> None:
+    extra = {"vision_tower.patches.weight": np.ones((2, 3, 4)), "audio.scale": np.ones(())}
+    path = save(tmp_path, theirs() | extra)
+    assert_loaded(checkpoint.load(path, declare(), "float32", skipped=("vision_tower.*", "audio.*")), theirs())
+    with pytest.raises(CheckpointError, match=r"1 unexpected: audio\.scale \(in"):
+        checkpoint.load(path, declare(), "float32", skipped=("vision_tower.*",))
+
+
+@pytest.mark.parametrize("prefix", ["", "text.model.", "model."])
+def test_tensors_load_under_other_prefixes(tmp_path: Path, prefix: str) -> None:
+    declared = params.also_named(declare(), {"model.": ("", "text.model.")})
+    renamed = {prefix + name.removeprefix("model.") if "layers" in name else name: t for name, t in theirs().items()}
+    assert_loaded(checkpoint.load(save(tmp_path, renamed), declared, "float32"), theirs())
+
+
 def test_files_in_other_dtypes_are_converted(tmp_path: Path) -> None:
     narrow = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in theirs().items()}
     ours.write(tmp_path / "model.safetensors", narrow)

@@ -141,6 +141,13 @@ def test_windows_go_to_sliding_layers() -> None:
         hf_config.read_windows((F, S), None)
 
 
+def test_late_layers_read_the_last_earlier_one_of_their_type() -> None:
+    assert hf_config.read_cache_sources((S, F, S, S, F), 2) == (None, None, None, 2, 1)
+    assert hf_config.read_cache_sources((S, F), 0) == (None, None)
+    with pytest.raises(ConfigError, match="num_kv_shared_layers=1, but no full_attention layer before"):
+        hf_config.read_cache_sources((S, F), 1)
+
+
 def test_sizes_have_their_defaults() -> None:
     assert hf_config.head_dim(SIZES) == 16
     assert hf_config.head_dim({**SIZES, "head_dim": 24}) == 24

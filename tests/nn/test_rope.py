@@ -228,6 +228,23 @@ def test_rotation_depends_on_distance_alone_and_leaves_the_rest() -> None:
     assert score(5, 5) == pytest.approx(scale * float((q[..., :4] * k[..., :4]).sum()), rel=1e-5)
 
 
+def test_interleaved_pairs_turn_as_halves_do() -> None:
+    cos_sin = rope.cos_sin(Rope(dims=8), jnp.arange(5), 64)
+    x = np.random.default_rng(0).normal(size=(5, 2, 10)).astype(np.float32)
+    order = [0, 4, 1, 5, 2, 6, 3, 7, 8, 9]  # where neighbours come from
+    neighbours = np.asarray(rotate(jnp.asarray(x[..., order]), *cos_sin, interleaved=True))
+    np.testing.assert_array_equal(neighbours, np.asarray(rotate(jnp.asarray(x), *cos_sin))[..., order])
+
+
+@given(share=st.floats(0, 1), heads=st.integers(1, 40), factor=st.sampled_from([None, 2.0]))
+def test_proportional_turns_the_first_pairs_alone(share: float, heads: int, factor: float | None) -> None:
+    parameters = {"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": share, "factor": factor}
+    read = rope.read(parameters, head_dim=2 * heads, max_len=64)
+    turning = int((share or 1) * 2 * heads // 2)
+    expected = np.where(np.arange(heads) < turning, frequencies(500.0, 2 * heads) / (factor or 1), 0)
+    np.testing.assert_allclose(rope.inverse_frequencies(read, 64), expected, rtol=RTOL)
+
+
 def test_old_names_of_a_rule_are_read() -> None:
     old = {"type": "linear", "rope_theta": 10000.0, "factor": 4.0}
     assert rope.read(old, head_dim=16, max_len=64) == rope.read(LINEAR, head_dim=16, max_len=64)

@@ -80,3 +80,41 @@ def test_caches_pass_through_unrolled_layers_and_stacked_ones_take_none() -> Non
     scanned = params.initialize(stack_layers(declare(3), kinds), jax.random.key(0), "float32")
     with pytest.raises(ValueError, match="serve with unstacked"):
         run_layers(block, scanned, kinds, x, [10, 20, 30])
+
+
+def summing(x: jax.Array, p: dict, kind: str, cache: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Adds up what it got before it, and its own input where it keeps a cache."""
+    kept = cache if kind == "reads" else x @ p["w"] + (0 if cache is None else cache)
+    assert kept is not None
+    return x + jnp.tanh(kept + p["b"][None]), kept
+
+
+SOURCES = [None, None, 0, 1, 1]
+SHARING = ["own", "own", "reads", "reads", "reads"]
+
+
+def test_layers_with_a_source_read_the_cache_that_it_updated() -> None:
+    weights = params.initialize(declare(5), jax.random.key(1), "float32")
+    x = jax.random.normal(jax.random.key(2), (3, 4))
+    given = [jnp.full((3, 4), 0.5), jnp.full((3, 4), -0.5), None, None, None]
+    expected, kept = x, []
+    for p, source, cache in zip(weights, SOURCES, given, strict=True):
+        kept.append(expected @ p["w"] + cache if source is None else kept[source])
+        expected = expected + jnp.tanh(kept[-1] + p["b"][None])
+    out, caches = run_layers(summing, weights, SHARING, x, given, sources=SOURCES)
+    np.testing.assert_allclose(out, expected, rtol=1e-5)
+    assert caches[2:] == [None] * 3
+    for mine, wanted in zip(caches[:2], kept[:2], strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=1e-5)
+
+
+def test_stacked_layers_share_too_and_must_not_repeat() -> None:
+    key, x = jax.random.key(1), jax.random.normal(jax.random.key(2), (3, 4))
+    unrolled = params.initialize(declare(5), key, "float32")
+    scanned = params.initialize(stack_layers(declare(5), SHARING), key, "float32")
+    out, _ = run_layers(summing, scanned, SHARING, x, sources=SOURCES)
+    np.testing.assert_allclose(out, run_layers(summing, unrolled, SHARING, x, sources=SOURCES)[0], rtol=1e-5)
+    alike = ["own"] * 5
+    scanned = params.initialize(stack_layers(declare(5), alike), key, "float32")
+    with pytest.raises(ValueError, match="kinds of their own"):
+        run_layers(summing, scanned, alike, x, sources=SOURCES)

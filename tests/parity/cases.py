@@ -55,6 +55,10 @@ class Case:
     max_len: int = LONGEST_PROMPT + NEW_TOKENS
     engine: bool = False
 
+    @property
+    def vocab_size(self) -> int:
+        return self.config.get("text_config", self.config)["vocab_size"]
+
 
 def _rope(kind: str = "default", theta: float = 10_000.0, **more: Any) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": theta, **more}
@@ -78,15 +82,33 @@ QWEN2 = ("Qwen2ForCausalLM", "qwen2")
 QWEN3 = ("Qwen3ForCausalLM", "qwen3")
 GEMMA2 = ("Gemma2ForCausalLM", "gemma2")
 GEMMA3 = ("Gemma3ForCausalLM", "gemma3_text")
+GEMMA3N = ("Gemma3nForCausalLM", "gemma3n_text")
+GEMMA4 = ("Gemma4ForCausalLM", "gemma4_text")
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 PHI3 = ("Phi3ForCausalLM", "phi3")
 SMOLLM3 = ("SmolLM3ForCausalLM", "smollm3")
 OLMO2 = ("Olmo2ForCausalLM", "olmo2")
 OLMO3 = ("Olmo3ForCausalLM", "olmo3")
-MIXTRAL = ("MixtralForCausalLM", "mixtral")
-QWEN2_MOE = ("Qwen2MoeForCausalLM", "qwen2_moe")
-QWEN3_MOE = ("Qwen3MoeForCausalLM", "qwen3_moe")
-OLMOE = ("OlmoeForCausalLM", "olmoe")
-GPT_OSS = ("GptOssForCausalLM", "gpt_oss")
+COHERE = ("CohereForCausalLM", "cohere")
+COHERE2 = ("Cohere2ForCausalLM", "cohere2")
+GRANITE = ("GraniteForCausalLM", "granite")
+EXAONE4 = ("Exaone4ForCausalLM", "exaone4")
+MINISTRAL3 = ("Ministral3ForCausalLM", "ministral3")
+GLM = ("GlmForCausalLM", "glm")
+GLM4 = ("Glm4ForCausalLM", "glm4")
+PHI = ("PhiForCausalLM", "phi")
+OPT = ("OPTForCausalLM", "opt")
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    **{key: SIZES[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")},
+    "n_embd": 48,
+    "n_head": 6,
+    "n_layer": 3,
+    "n_positions": 256,
+    "layer_norm_epsilon": 1e-3,
+}
+SEED_OSS = ("SeedOssForCausalLM", "seed_oss")
 QWEN3_NEXT = ("Qwen3NextForCausalLM", "qwen3_next")
 QWEN3_5 = ("Qwen3_5ForCausalLM", "qwen3_5_text")
 FALCON_H1 = ("FalconH1ForCausalLM", "falcon_h1")
@@ -110,6 +132,11 @@ LATENT = {
     "qk_rope_head_dim": 6,
     "v_head_dim": 14,
 }
+MIXTRAL = ("MixtralForCausalLM", "mixtral")
+QWEN2_MOE = ("Qwen2MoeForCausalLM", "qwen2_moe")
+QWEN3_MOE = ("Qwen3MoeForCausalLM", "qwen3_moe")
+OLMOE = ("OlmoeForCausalLM", "olmoe")
+GPT_OSS = ("GptOssForCausalLM", "gpt_oss")
 GLM4_MOE = ("Glm4MoeForCausalLM", "glm4_moe")
 MINIMAX_M2 = ("MiniMaxM2ForCausalLM", "minimax_m2")
 LLAMA4 = ("Llama4ForCausalLM", "llama4_text")
@@ -319,6 +346,21 @@ CASES = (
         shortest_prompt=17,  # transformers picks the factors by the tokens so far, we by what the context may hold
     ),
     Case(
+        name="phi3-4-mini-v4",
+        config=_v4(
+            *PHI3,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            max_position_embeddings=1024,
+            original_max_position_embeddings=512,
+            partial_rotary_factor=0.75,
+            rope_theta=250.0,
+            rope_scaling={"type": "longrope", "short_factor": SHORT_FACTORS, "long_factor": LONG_FACTORS},
+            sliding_window=262144,
+        ),
+    ),
+    Case(
         name="smollm3",
         config=_v5(
             *SMOLLM3,
@@ -379,133 +421,389 @@ CASES = (
         ),
     ),
     Case(
-        name="mixtral",
+        name="cohere-v4",
+        config=_v4(*COHERE, tie_word_embeddings=True, layer_norm_eps=1e-3, logit_scale=0.5, rope_theta=1000.0),
+    ),
+    Case(
+        name="cohere-qk-norm",
         engine=True,
         config=_v5(
-            *MIXTRAL,
-            intermediate_size=20,
-            head_dim=12,
-            num_local_experts=6,
-            num_experts_per_tok=2,
-            sliding_window=None,
-            rope_parameters=_rope(theta=1e6),
-        ),
-    ),
-    Case(
-        name="mixtral-sliding-v4",
-        config=_v4(
-            *MIXTRAL,
-            intermediate_size=20,
-            num_local_experts=5,
-            num_experts_per_tok=3,
-            sliding_window=7,
-            rope_theta=1e4,
-            router_jitter_noise=0.0,
-            tie_word_embeddings=True,
-        ),
-    ),
-    Case(
-        name="qwen3_moe",
-        config=_v5(
-            *QWEN3_MOE,
-            num_hidden_layers=4,
-            head_dim=16,
-            moe_intermediate_size=20,
-            num_experts=9,
-            num_experts_per_tok=4,
-            norm_topk_prob=True,
-            decoder_sparse_step=1,
-            mlp_only_layers=[0],
-            rope_parameters=_rope(theta=1e6),
-        ),
-    ),
-    Case(
-        name="qwen3_moe-sparse-step-v4",
-        config=_v4(
-            *QWEN3_MOE,
-            num_hidden_layers=5,
+            *COHERE,
             head_dim=12,
             attention_bias=True,
-            moe_intermediate_size=12,
-            num_experts=7,
-            num_experts_per_tok=2,
-            norm_topk_prob=False,
-            decoder_sparse_step=2,
-            mlp_only_layers=[],
-            use_sliding_window=True,
-            sliding_window=6,
-            rope_theta=1e4,
+            use_qk_norm=True,
+            layer_norm_eps=1e-3,
+            logit_scale=0.75,
+            rope_parameters=_rope(theta=500.0),
         ),
     ),
     Case(
-        name="qwen2_moe-v4",
-        config=_v4(
-            *QWEN2_MOE,
-            num_key_value_heads=6,
-            moe_intermediate_size=12,
-            shared_expert_intermediate_size=28,
-            num_experts=7,
-            num_experts_per_tok=3,
-            norm_topk_prob=False,
-            decoder_sparse_step=1,
-            mlp_only_layers=[1],
-            use_sliding_window=False,
-            sliding_window=6,
-            max_window_layers=2,
-            rope_theta=1e6,
-        ),
-    ),
-    Case(
-        name="qwen2_moe-sliding",
-        config=_v5(
-            *QWEN2_MOE,
-            head_dim=12,
-            qkv_bias=False,
-            moe_intermediate_size=12,
-            shared_expert_intermediate_size=20,
-            num_experts=6,
-            num_experts_per_tok=2,
-            norm_topk_prob=True,
-            use_sliding_window=True,
-            sliding_window=6,
-            max_window_layers=2,
-            rope_parameters=_rope(theta=1e4),
-        ),
-    ),
-    Case(
-        name="olmoe",
-        config=_v5(
-            *OLMOE,
-            intermediate_size=20,
-            num_key_value_heads=3,
-            num_experts=8,
-            num_experts_per_tok=3,
-            norm_topk_prob=False,
-            rope_parameters=_rope(theta=1e4),
-        ),
-    ),
-    Case(
-        name="gpt_oss",
+        name="cohere2",
         engine=True,
         config=_v5(
-            *GPT_OSS,
-            intermediate_size=20,
-            head_dim=16,
-            num_local_experts=6,
-            num_experts_per_tok=2,
+            *COHERE2,
+            num_hidden_layers=5,
+            tie_word_embeddings=True,
+            layer_norm_eps=1e-3,
+            logit_scale=0.5,
             sliding_window=6,
-            layer_types=_sliding("sfs"),
-            swiglu_limit=1.5,
+            layer_types=_sliding("sssfs"),
+            rope_parameters=_rope(theta=500.0),
+        ),
+    ),
+    Case(
+        name="cohere2-biases-v4",
+        config=_v4(
+            *COHERE2,
+            attention_bias=True,
+            layer_norm_eps=1e-3,
+            logit_scale=0.75,
+            sliding_window=7,
+            sliding_window_pattern=2,
+            rope_theta=1000.0,
+        ),
+    ),
+    Case(
+        name="granite",
+        engine=True,
+        config=_v5(
+            *GRANITE,
+            head_dim=12,
+            embedding_multiplier=3.0,
+            attention_multiplier=0.2,
+            residual_multiplier=0.7,
+            logits_scaling=1.5,
+            rope_parameters=_rope(),
+        ),
+    ),
+    Case(
+        name="granite-biases-tied-v4",
+        config=_v4(
+            *GRANITE,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+            embedding_multiplier=12,
+            attention_multiplier=0.5,
+            residual_multiplier=0.4,
+            logits_scaling=2,
+            rope_theta=500.0,
+        ),
+    ),
+    Case(
+        name="exaone4",
+        engine=True,
+        config=_v5(
+            *EXAONE4,
+            num_hidden_layers=5,
+            head_dim=12,
+            sliding_window=6,
+            sliding_window_pattern="LLLG",
+            layer_types=_sliding("sssfs"),
             rope_parameters=_rope(
-                "yarn",
-                150_000.0,
-                factor=4.0,
+                "llama3",
+                500.0,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
                 original_max_position_embeddings=64,
-                beta_fast=2.0,
-                beta_slow=0.25,
-                truncate=False,
             ),
         ),
+    ),
+    Case(
+        name="exaone4-pattern-v4",
+        config=_v4(*EXAONE4, sliding_window=7, sliding_window_pattern=2, rope_theta=1000.0),
+    ),
+    Case(
+        name="exaone4-full-v4",
+        config=_v4(
+            *EXAONE4,
+            tie_word_embeddings=True,
+            sliding_window=None,
+            sliding_window_pattern=None,
+            layer_types=_sliding("fff"),
+            rope_theta=1000.0,
+        ),
+    ),
+    Case(
+        name="ministral3",
+        engine=True,
+        config=_v5(
+            *MINISTRAL3,
+            head_dim=12,
+            rope_parameters=_rope(
+                "yarn",
+                1000.0,
+                factor=16.0,
+                original_max_position_embeddings=16,
+                beta_fast=4.0,
+                beta_slow=0.25,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+                llama_4_scaling_beta=0.6,
+            ),
+        ),
+    ),
+    Case(
+        name="ministral3-sliding",
+        config=_v5(
+            *MINISTRAL3,
+            head_dim=16,
+            tie_word_embeddings=True,
+            sliding_window=9,
+            rope_parameters=_rope(original_max_position_embeddings=8, llama_4_scaling_beta=0.3),
+        ),
+    ),
+    Case(
+        name="glm",
+        engine=True,
+        config=_v5(*GLM, head_dim=16, rope_parameters=_rope(theta=500.0, partial_rotary_factor=0.5)),
+    ),
+    Case(
+        name="glm-v4",
+        config=_v4(*GLM, head_dim=12, attention_bias=False, tie_word_embeddings=True, rope_theta=1000.0),
+    ),
+    Case(
+        name="glm4",
+        engine=True,
+        config=_v5(*GLM4, head_dim=12, attention_bias=False, rope_parameters=_rope(partial_rotary_factor=0.5)),
+    ),
+    Case(
+        name="glm4-biases-v4",
+        config=_v4(*GLM4, head_dim=16, num_key_value_heads=3, partial_rotary_factor=0.25, rope_theta=500.0),
+    ),
+    Case(
+        name="seed_oss",
+        engine=True,
+        config=_v5(*SEED_OSS, head_dim=12, attention_bias=True, rope_parameters=_rope(theta=1e7)),
+    ),
+    Case(
+        name="seed_oss-biases-v4",
+        config=_v4(
+            *SEED_OSS,
+            head_dim=16,
+            attention_bias=False,
+            attention_out_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+            rope_theta=1000.0,
+        ),
+    ),
+    Case(
+        name="phi",
+        engine=True,
+        config=_v5(
+            *PHI,
+            num_key_value_heads=3,
+            hidden_act="gelu_new",
+            layer_norm_eps=1e-3,
+            rope_parameters=_rope(theta=500.0, partial_rotary_factor=0.5),
+        ),
+    ),
+    Case(
+        name="phi-v4",
+        config=_v4(
+            *PHI,
+            num_attention_heads=3,
+            num_key_value_heads=None,
+            hidden_act="gelu_new",
+            layer_norm_eps=1e-3,
+            tie_word_embeddings=True,
+            partial_rotary_factor=0.25,
+            rope_theta=100.0,
+        ),
+    ),
+    Case(
+        name="gpt2",
+        engine=True,
+        config={
+            **GPT2,
+            **TRANSFORMERS_5,
+            "n_inner": 68,
+            "tie_word_embeddings": False,
+            "scale_attn_by_inverse_layer_idx": True,
+            "reorder_and_upcast_attn": True,
+        },
+    ),
+    Case(
+        name="gpt2-tied-v4",
+        config={
+            **GPT2,
+            **TRANSFORMERS_4,
+            "n_ctx": 256,
+            "n_inner": None,
+            "tie_word_embeddings": True,
+            "activation_function": "gelu",
+            "scale_attn_weights": False,
+        },
+    ),
+    Case(
+        name="opt",
+        engine=True,
+        config=_v5(*OPT, ffn_dim=68, tie_word_embeddings=True),
+    ),
+    Case(
+        name="opt-post-norm-v4",
+        config=_v4(
+            *OPT,
+            ffn_dim=68,
+            word_embed_proj_dim=20,
+            do_layer_norm_before=False,
+            tie_word_embeddings=True,
+            activation_function="gelu",
+        ),
+    ),
+    Case(
+        name="opt-no-biases-v4",
+        config=_v4(*OPT, ffn_dim=68, word_embed_proj_dim=52, enable_bias=False, _remove_final_layer_norm=True),
+    ),
+    Case(
+        name="gemma3-vision",
+        config={
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "model_type": "gemma3",
+            **TRANSFORMERS_5,
+            "text_config": {
+                **_v5(*GEMMA3, **GEMMA),
+                "head_dim": 12,
+                "query_pre_attn_scalar": 8,
+                "sliding_window": 6,
+                "layer_types": _sliding("sfs"),
+                "rope_parameters": {
+                    "full_attention": _rope("linear", 5000.0, factor=8.0),
+                    "sliding_attention": _rope(theta=50.0),
+                },
+            },
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 8,
+                "intermediate_size": 12,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 1,
+            "tie_word_embeddings": True,
+            **{f"{name}_token_index": 200 for name in ("boi", "eoi", "image")},
+        },
+    ),
+    Case(
+        name="gemma3n",
+        engine=True,
+        config=_v5(
+            *GEMMA3N,
+            **GEMMA,
+            num_hidden_layers=5,
+            head_dim=12,
+            sliding_window=6,
+            layer_types=_sliding("sfssf"),
+            num_kv_shared_layers=2,
+            vocab_size_per_layer_input=90,
+            hidden_size_per_layer_input=7,
+            laurel_rank=5,
+            altup_num_inputs=3,
+            altup_active_idx=1,
+            activation_sparsity_pattern=[0.5, 0.0, 0.75, 0.0, 0.5],
+            intermediate_size=[68, 68, 52, 68, 60],
+            final_logit_softcapping=9.0,
+            rope_parameters={
+                "full_attention": _rope(theta=500.0),
+                "sliding_attention": _rope(theta=50.0),
+            },
+        ),
+    ),
+    Case(
+        name="gemma3n-v4",
+        config=_v4(
+            *GEMMA3N,
+            **GEMMA,
+            num_hidden_layers=7,
+            head_dim=16,
+            sliding_window=7,
+            num_kv_shared_layers=1,
+            vocab_size_per_layer_input=97,
+            hidden_size_per_layer_input=8,
+            altup_correct_scale=False,
+            rope_theta=1000.0,
+            rope_local_base_freq=100.0,
+        ),
+    ),
+    Case(
+        name="gemma4",
+        engine=True,
+        config=_v5(
+            *GEMMA4,
+            **GEMMA,
+            num_hidden_layers=5,
+            head_dim=12,
+            global_head_dim=20,
+            sliding_window=6,
+            layer_types=_sliding("sfssf"),
+            num_kv_shared_layers=2,
+            use_double_wide_mlp=True,
+            vocab_size_per_layer_input=97,
+            hidden_size_per_layer_input=7,
+            final_logit_softcapping=9.0,
+            rope_parameters={
+                "full_attention": _rope("proportional", 500.0, partial_rotary_factor=0.5),
+                "sliding_attention": _rope(theta=50.0),
+            },
+        ),
+    ),
+    Case(
+        name="gemma4-values-are-keys",
+        config=_v5(
+            *GEMMA4,
+            **GEMMA,
+            num_hidden_layers=4,
+            num_key_value_heads=3,
+            head_dim=12,
+            sliding_window=6,
+            layer_types=_sliding("sfsf"),
+            attention_k_eq_v=True,
+            per_layer_config={
+                "1": {"head_dim": 16, "num_key_value_heads": 2},
+                "3": {"head_dim": 16, "num_key_value_heads": 2},
+            },
+            hidden_size_per_layer_input=0,
+            use_bidirectional_attention="vision",
+        ),
+    ),
+    Case(
+        name="gemma4-vision",
+        config={
+            "architectures": ["Gemma4ForConditionalGeneration"],
+            "model_type": "gemma4",
+            **TRANSFORMERS_5,
+            "text_config": {
+                **_v5(*GEMMA4, **GEMMA),
+                "num_hidden_layers": 7,
+                "num_key_value_heads": 3,
+                "head_dim": 12,
+                "global_head_dim": 16,
+                "num_global_key_value_heads": 2,
+                "attention_k_eq_v": True,
+                "attention_bias": True,
+                "sliding_window": 6,
+                "hidden_size_per_layer_input": 7,
+                "vocab_size_per_layer_input": 97,
+                "pad_token_id": 0,
+            },
+            "vision_config": {
+                "model_type": "gemma4_vision",
+                "hidden_size": 8,
+                "intermediate_size": 12,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 4,
+                "position_embedding_size": 8,
+            },
+            "audio_config": None,
+            "tie_word_embeddings": True,
+            **{f"{name}_token_id": 200 for name in ("boi", "eoi", "image", "video", "boa", "audio")},
+        },
     ),
     Case(
         name="qwen3_next",
@@ -659,6 +957,7 @@ CASES = (
             use_bias=True,
             use_conv_bias=False,
             mlp_bias=True,
+            attention_bias=True,
             layer_norm_epsilon=1e-3,
         ),
     ),
@@ -748,6 +1047,135 @@ CASES = (
         ),
     ),
     Case(
+        name="mixtral",
+        engine=True,
+        config=_v5(
+            *MIXTRAL,
+            intermediate_size=20,
+            head_dim=12,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            sliding_window=None,
+            rope_parameters=_rope(theta=1e6),
+        ),
+    ),
+    Case(
+        name="mixtral-sliding-v4",
+        config=_v4(
+            *MIXTRAL,
+            intermediate_size=20,
+            num_local_experts=5,
+            num_experts_per_tok=3,
+            sliding_window=7,
+            rope_theta=1e4,
+            router_jitter_noise=0.0,
+            tie_word_embeddings=True,
+        ),
+    ),
+    Case(
+        name="qwen3_moe",
+        config=_v5(
+            *QWEN3_MOE,
+            num_hidden_layers=4,
+            head_dim=16,
+            moe_intermediate_size=20,
+            num_experts=9,
+            num_experts_per_tok=4,
+            norm_topk_prob=True,
+            decoder_sparse_step=1,
+            mlp_only_layers=[0],
+            rope_parameters=_rope(theta=1e6),
+        ),
+    ),
+    Case(
+        name="qwen3_moe-sparse-step-v4",
+        config=_v4(
+            *QWEN3_MOE,
+            num_hidden_layers=5,
+            head_dim=12,
+            attention_bias=True,
+            moe_intermediate_size=12,
+            num_experts=7,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+            decoder_sparse_step=2,
+            mlp_only_layers=[],
+            use_sliding_window=True,
+            sliding_window=6,
+            rope_theta=1e4,
+        ),
+    ),
+    Case(
+        name="qwen2_moe-v4",
+        config=_v4(
+            *QWEN2_MOE,
+            num_key_value_heads=6,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=28,
+            num_experts=7,
+            num_experts_per_tok=3,
+            norm_topk_prob=False,
+            decoder_sparse_step=1,
+            mlp_only_layers=[1],
+            use_sliding_window=False,
+            sliding_window=6,
+            max_window_layers=2,
+            rope_theta=1e6,
+        ),
+    ),
+    Case(
+        name="qwen2_moe-sliding",
+        config=_v5(
+            *QWEN2_MOE,
+            head_dim=12,
+            qkv_bias=False,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            use_sliding_window=True,
+            sliding_window=6,
+            max_window_layers=2,
+            rope_parameters=_rope(theta=1e4),
+        ),
+    ),
+    Case(
+        name="olmoe",
+        config=_v5(
+            *OLMOE,
+            intermediate_size=20,
+            num_key_value_heads=3,
+            num_experts=8,
+            num_experts_per_tok=3,
+            norm_topk_prob=False,
+            rope_parameters=_rope(theta=1e4),
+        ),
+    ),
+    Case(
+        name="gpt_oss",
+        engine=True,
+        config=_v5(
+            *GPT_OSS,
+            intermediate_size=20,
+            head_dim=16,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            sliding_window=6,
+            layer_types=_sliding("sfs"),
+            swiglu_limit=1.5,
+            rope_parameters=_rope(
+                "yarn",
+                150_000.0,
+                factor=4.0,
+                original_max_position_embeddings=64,
+                beta_fast=2.0,
+                beta_slow=0.25,
+                truncate=False,
+            ),
+        ),
+    ),
+    Case(
         name="olmoe-clipped-v4",
         config=_v4(
             *OLMOE,
@@ -831,10 +1259,25 @@ RECURRENT_WEIGHTS = {
 
 LAST_NORMS = (
     "model.norm.weight",
+    "model.language_model.norm.weight",
     "model.final_layernorm.weight",
+    "model.decoder.final_layer_norm.weight",
+    "transformer.ln_f.weight",
     "backbone.norm_f.weight",
 )
-EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight")
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "embeddings.weight",
+    "embed_tokens_per_layer.weight",
+    "embed_positions.weight",
+    "wte.weight",
+    "wpe.weight",
+)
+# 1 is added to the scales of their norms.
+ZERO_CENTERED = (
+    *("gemma2", "gemma3", "gemma3_text", "qwen3_next"),
+    *("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+)
 
 
 def make_weight(name: str, shape: tuple[int, ...], config: Mapping[str, Any], seed: int) -> np.ndarray:
@@ -848,14 +1291,12 @@ def make_weight(name: str, shape: tuple[int, ...], config: Mapping[str, Any], se
     of_recurrence = next((suffix for suffix in RECURRENT_WEIGHTS if name.endswith(suffix)), None)
     if of_recurrence:
         center, scale = RECURRENT_WEIGHTS[of_recurrence]
-    elif name.endswith(".sinks"):
-        scale = 2.0
     elif name in LAST_NORMS:
         scale = 3.5
-    elif name.endswith("norm.weight"):
-        zero_centered = (
-            config["model_type"].startswith(("gemma", "qwen3_next", "qwen3_5")) and "linear_attn" not in name
-        )
+    elif name.endswith(".sinks"):
+        scale = 2.0
+    elif name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight")):
+        zero_centered = config["model_type"] in ZERO_CENTERED and "linear_attn" not in name
         center, scale = (0.0 if zero_centered else 1.0), 0.4
     elif name.endswith(EMBEDDINGS):
         scale = 0.1 if config["tie_word_embeddings"] else 0.4
@@ -863,9 +1304,10 @@ def make_weight(name: str, shape: tuple[int, ...], config: Mapping[str, Any], se
         scale = 1.0
         if name == "lm_head.weight":
             scale = 0.7
-        elif any(part in name for part in ("q_proj", "k_proj", "qkv_proj")):
+        elif any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "c_attn")):
             scale = 1.3  # attention that chooses
-        scale /= math.sqrt(shape[1])  # of inputs; also where a tensor holds all experts, [E, D, N]
+        # Of inputs: of rows where a tensor holds all experts, [E, D, N], as of columns elsewhere, but for GPT-2.
+        scale /= math.sqrt(shape[0 if config["model_type"] == "gpt2" and name != "lm_head.weight" else 1])
     return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale) + np.float32(center)
 
 
@@ -874,4 +1316,4 @@ def make_prompts(case: Case, seed: int) -> list[list[int]]:
     rng = np.random.default_rng([seed, zlib.crc32(case.name.encode())])
     lengths = rng.integers(case.shortest_prompt, LONGEST_PROMPT, NUM_PROMPTS, endpoint=True)
     lengths[:2] = case.shortest_prompt, LONGEST_PROMPT
-    return [rng.integers(0, case.config["vocab_size"], n).tolist() for n in lengths]
+    return [rng.integers(0, case.vocab_size, n).tolist() for n in lengths]

@@ -16,7 +16,7 @@ from tenfold.kernels import latent_attention, sampling
 from tenfold.kernels.attention import AttentionSpec, Heads
 from tenfold.kernels.convolution import ConvolutionSpec, short_convolution
 from tenfold.kernels.latent_attention import LatentSpec, paged_latent_attention
-from tenfold.kernels.paged_attention import Cache, NativeCache, RaggedBatch, paged_attention, update, write
+from tenfold.kernels.paged_attention import Cache, NativeCache, RaggedBatch, paged_attention, read, update, write
 from tenfold.kernels.recurrence import RecurrenceSpec, paged_recurrence
 from tenfold.kernels.sampling import SamplingBatch
 from tenfold.models.family import Model
@@ -84,6 +84,10 @@ def forward(
         heads: Heads, cache: Cache, spec: AttentionSpec, ragged: RaggedBatch, pages: jax.Array
     ) -> tuple[jax.Array, Cache]:
         q, k, v, sinks = heads
+        if k is None or v is None:  # this step's are in the cache already, which is another layer's
+            if isinstance(cache, NativeCache):
+                return read(q, cache, ragged, spec, sinks), cache
+            return paged_attention(q, cache, ragged, spec, sinks, decode_only=decode_only), cache
         if isinstance(cache, NativeCache):
             return update(q, k, v, cache, ragged, spec, sinks)
         cache = write(cache, k, v, pages, batch.offsets)

@@ -73,7 +73,7 @@ class Runner:
         B = config.block_size
         self._blocks = -(-max_len // B)
         dtype = model.activation_dtype(params)
-        on_native = native.available(params["norm"].devices().pop())
+        on_native = native.available(jax.tree.leaves(params)[0].devices().pop())
         held = cache_dtype(config, dtype)
         self._caches = jax.tree.map(
             lambda spec: spec.make(pages[spec.reach], B, dtype, native=on_native, held=held), list(model.cache_specs())

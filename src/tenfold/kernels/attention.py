@@ -44,14 +44,14 @@ class Heads(NamedTuple):
 
     Attributes:
         q: queries, rotated.
-        k, v: the keys and values of the same tokens.
+        k, v: the keys and values of the same tokens; None where the layer reads those of another.
         sinks: of each query head, the score of a key that every query sees besides the tokens, and whose value is 0
             (gpt-oss); None has none.
     """
 
     q: Float[Array, "T H K"]
-    k: Float[Array, "T J K"]
-    v: Float[Array, "T J K"]
+    k: Float[Array, "T J K"] | None
+    v: Float[Array, "T J K"] | None
     sinks: Float[Array, " H"] | None = None
 
 

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 LIBRARY = "tenfold/kernels/libtenfold_native.so"  # beside this file, or where an editable install keeps what it built
 TARGETS = (
+    "tenfold_layer_norm",
     "tenfold_matmul",
     "tenfold_matmul_quantized",
     "tenfold_grouped_matmul",

@@ -159,6 +159,30 @@ def update(
     return out, NativeCache(*held)
 
 
+def read(
+    q: Float[Array, "T H K"],
+    cache: NativeCache,
+    batch: RaggedBatch,
+    spec: AttentionSpec,
+    sinks: Float[Array, " H"] | None = None,
+) -> Float[Array, "T H K"]:
+    """Attends to a native cache that holds this step's keys and values already: what `update` does after storing."""
+    call = jax.ffi.ffi_call("tenfold_paged_attention", jax.ShapeDtypeStruct(q.shape, q.dtype))
+    return call(
+        q,
+        batch.block_tables,
+        batch.kv_lens,
+        batch.query_starts,
+        batch.num_seqs,
+        *(x for x in cache if x is not None),
+        *(() if sinks is None else (sinks.astype(jnp.float32),)),
+        scale=np.float32(spec.scale),
+        window=np.int64(spec.window or 0),
+        chunk=np.int64(spec.chunk or 0),
+        softcap=np.float32(spec.softcap or 0),
+    )
+
+
 def write(
     cache: PagedCache,
     k: Float[Array, "T J K"],

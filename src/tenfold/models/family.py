@@ -16,7 +16,7 @@ from tenfold.models import FAMILIES
 from tenfold.nn import hf_config
 from tenfold.nn.cache import CacheSpec
 from tenfold.nn.hf_config import HFConfig
-from tenfold.nn.param import Tree
+from tenfold.nn.param import Tree, is_param
 from tenfold.nn.stack import stack_layers
 
 
@@ -36,7 +36,10 @@ class FamilyConfig(Protocol):
 
 @runtime_checkable
 class Family(Protocol):
-    """What a family's module defines."""
+    """What a family's module defines.
+
+    It may also define `skipped(c)`, see `Model.skipped`; and READS_PER_LAYER_CONFIG, if it honours that key.
+    """
 
     @property
     def Config(self) -> Any: ...
@@ -70,7 +73,7 @@ class Model:
         return self.family.kinds(self.config)
 
     def cache_specs(self) -> tuple[CacheSpec | tuple[CacheSpec, ...], ...]:
-        """The cache of each layer, or its caches."""
+        """The cache of each layer, or its caches; () for one that has none, or reads another's."""
         return self.family.cache_specs(self.config)
 
     def skipped(self) -> tuple[str, ...]:
@@ -97,8 +100,10 @@ class Model:
         return self.family.logits(p, self.config, x)
 
     def activation_dtype(self, params: Tree) -> jnp.dtype:
-        """What is computed in: the dtype of the last norm, which every family has and nothing quantises."""
-        return params["norm"].dtype
+        """What is computed in: the dtype of a weight that no product uses, so that nothing quantises it."""
+        declared, treedef = jax.tree.flatten(self.params(), is_leaf=is_param)
+        weights = treedef.flatten_up_to(params)
+        return next(weight.dtype for p, weight in zip(declared, weights, strict=True) if not p.inputs)
 
     def with_max_len(self, max_len: int) -> "Model":
         """The same model for contexts of at most `max_len` tokens (longrope picks its factors by it)."""
@@ -113,11 +118,11 @@ def resolve(hf: HFConfig) -> Model:
             is not implemented.
         ConfigError: if a key is missing or unusable.
     """
-    hf_config.refuse_unknown_modes(hf)
     architectures = list(hf.get("architectures") or [])
     for architecture in architectures:
         if architecture in FAMILIES:
             module = cast(Family, importlib.import_module(f"tenfold.models.{FAMILIES[architecture]}"))
+            hf_config.refuse_unknown_modes(hf, per_layer=getattr(module, "READS_PER_LAYER_CONFIG", False))
             return Model(architecture, module.Config.from_hf(hf))
     asked = ", ".join(architectures) or f"(none; model_type {hf.get('model_type')!r})"
     nearest = difflib.get_close_matches(asked, FAMILIES, n=1, cutoff=0.0)[0]

@@ -3,8 +3,7 @@
 Dims: T packed tokens, V vocabulary, D width, F feed-forward width, L layers, H query heads, J key-value heads,
 K head dim.
 
-Sliding and full layers rotate with different bases. Checkpoints with a vision tower have another architecture
-(`Gemma3ForConditionalGeneration`), which is not this one.
+Sliding and full layers rotate with different bases. Of checkpoints with a vision tower the text part is read.
 """
 
 from collections.abc import Sequence
@@ -24,9 +23,20 @@ from tenfold.nn.embedding import embed, embedding_params, unembed
 from tenfold.nn.hf_config import HFConfig
 from tenfold.nn.layers import rotate
 from tenfold.nn.mlp import gated_mlp, mlp_params
+from tenfold.nn.multimodal import TOWERS, text_config, text_params
 from tenfold.nn.param import Param, Tree, param
 from tenfold.nn.rope import Rope
 from tenfold.nn.stack import run_layers
+
+DEFAULTS = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131_072,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +64,8 @@ class Config:
     @classmethod
     def from_hf(cls, hf: HFConfig) -> "Config":
         """Reads `config.json`. Raises ConfigError or UnsupportedModelError, naming the key."""
+        hf = {"head_dim": 256, **text_config(hf, DEFAULTS)}
         hf_config.refuse(hf, use_bidirectional_attention=False, attn_logit_softcapping=None)
-        hf = {"head_dim": 256, **hf}
         layers = hf_config.require(hf, "num_hidden_layers")
         types = hf_config.read_layer_types(hf, period=6, num_layers=layers)
         return cls(
@@ -94,11 +104,17 @@ def cache_specs(c: Config) -> tuple[CacheSpec, ...]:
 
 def params(c: Config) -> Tree:
     """The declaration of every weight, unstacked."""
-    return {
+    declared = {
         **embedding_params(c.V, c.D, tied=c.tied),
         "layers": [_layer(c, f"model.layers.{i}") for i in range(c.L)],
         "norm": param((c.D,), "embed", "model.norm.weight", init="zeros"),
     }
+    return text_params(declared)
+
+
+def skipped(c: Config) -> tuple[str, ...]:
+    """Other modalities."""
+    return TOWERS
 
 
 def _layer(c: Config, at: str) -> dict[str, Param]:

@@ -24,6 +24,12 @@ def attention_params(
         qkv_bias, o_bias: whether those projections have biases.
         fused: the checkpoint holds one `qkv_proj` (Phi-3) with the rows of q, k and v in that order.
     """
+    declared = qkv_params(at, D, H, J, K, bias=qkv_bias, fused=fused)
+    return declared | output_params(f"{at}.o_proj", D, H, K, bias=o_bias)
+
+
+def qkv_params(at: str, D: int, H: int, J: int, K: int, *, bias: bool = False, fused: bool = False) -> dict[str, Param]:
+    """Declares q, k and v alone. Arguments as those of `attention_params`."""
     declared: dict[str, Param] = {}
     row = 0
     for name, heads, axis in (("q", H, "heads"), ("k", J, "kv_heads"), ("v", J, "kv_heads")):
@@ -33,15 +39,20 @@ def attention_params(
         declared[name] = param(
             (D, heads, K), f"embed {axis} head_dim", f"{hf}.weight", "(N K) D -> D N K", rows=rows, inputs="embed"
         )
-        if qkv_bias:
+        if bias:
             declared[f"{name}_bias"] = param(
                 (heads, K), f"{axis} head_dim", f"{hf}.bias", "(N K) -> N K", rows=rows, init="zeros"
             )
-    declared["o"] = param(
-        (H, K, D), "heads head_dim embed", f"{at}.o_proj.weight", "D (N K) -> N K D", inputs="heads head_dim"
-    )
-    if o_bias:
-        declared["o_bias"] = param((D,), "embed", f"{at}.o_proj.bias", init="zeros")
+    return declared
+
+
+def output_params(hf: str, D: int, H: int, K: int, *, bias: bool = False) -> dict[str, Param]:
+    """Declares o alone, under its name in the checkpoint."""
+    declared = {
+        "o": param((H, K, D), "heads head_dim embed", f"{hf}.weight", "D (N K) -> N K D", inputs="heads head_dim")
+    }
+    if bias:
+        declared["o_bias"] = param((D,), "embed", f"{hf}.bias", init="zeros")
     return declared
 
 

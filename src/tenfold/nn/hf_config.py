@@ -63,9 +63,14 @@ def refuse(hf: HFConfig, **only: Any) -> None:
             raise UnsupportedModelError(f"config.json sets {key}={value!r}, which is not implemented for {model}{but}")
 
 
-def refuse_unknown_modes(hf: HFConfig) -> None:
-    """Raises UnsupportedModelError for what a config may ask of any architecture and no family implements."""
-    refuse(hf, is_encoder_decoder=False, add_cross_attention=False, per_layer_config=None)
+def refuse_unknown_modes(hf: HFConfig, *, per_layer: bool = False) -> None:
+    """Raises UnsupportedModelError for what a config may ask of any architecture and no family implements.
+
+    `per_layer`: the family reads `per_layer_config`.
+    """
+    refuse(hf, is_encoder_decoder=False, add_cross_attention=False)
+    if not per_layer:
+        refuse(hf, per_layer_config=None)
 
 
 def read_activation(hf: HFConfig, key: str = "hidden_act", *, default: str = "silu") -> str:
@@ -181,3 +186,17 @@ def read_time_step_limits(hf: HFConfig) -> tuple[float, float]:
     """What the time steps of a state space model are clipped to."""
     low, high = hf.get("time_step_limit") or (0.0, float("inf"))
     return float(low), float(high)
+
+
+def read_cache_sources(layer_types: Sequence[str], num_shared: int) -> tuple[int | None, ...]:
+    """For each of the last `num_shared` layers the one whose keys and values it reads: the last one before them that is
+    of its type. None for the others.
+
+    Raises ConfigError if there is no such layer.
+    """
+    own = len(layer_types) - num_shared
+    last = {kind: i for i, kind in enumerate(layer_types[:own])}
+    for kind in layer_types[own:]:
+        if kind not in last:
+            raise ConfigError(f"config.json has num_kv_shared_layers={num_shared}, but no {kind} layer before those")
+    return (*(None for _ in range(own)), *(last[kind] for kind in layer_types[own:]))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from tenfold.base.errors import UnsupportedModelError
 from tenfold.kernels.matmul import Weight, matmul, output_dims
+from tenfold.nn.param import Param, param
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -30,6 +31,14 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
+def layer_norm_params(name: str, at: str, D: int) -> dict[str, Param]:
+    """Declares the weight and the bias of a layer norm, the bias as `{name}_bias`."""
+    return {
+        name: param((D,), "embed", f"{at}.weight", init="ones"),
+        f"{name}_bias": param((D,), "embed", f"{at}.bias", init="zeros"),
+    }
+
+
 def project(x: Float[Array, "T D"], w: Weight, bias: Float[Array, "*O"] | None = None) -> jax.Array:
     """A linear map of the last dim to one or several output dims: (T, D) · (D, O...) → (T, O...)."""
     return project_all(x, (w, bias))[0]
@@ -42,6 +51,11 @@ def project_all(x: Float[Array, "T D"], *maps: tuple[Weight, jax.Array | None]) 
         (y if bias is None else y + bias.reshape(1, -1)).reshape(x.shape[0], *output_dims(w, x.shape[1]))
         for y, (w, bias) in zip(products, maps, strict=True)
     )
+
+
+def times(x: Float[Array, "*B D"], factor: float) -> Float[Array, "*B D"]:
+    """The product with a factor that is not rounded to the activations' dtype."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def rotate(

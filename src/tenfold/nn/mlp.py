@@ -1,4 +1,4 @@
-"""The gated feed-forward of Shazeer (2020), separate or fused in the checkpoint.
+"""The feed-forward: gated (Shazeer, 2020), separate or fused in the checkpoint; or plain (Vaswani et al., 2017).
 
 Dims: T packed tokens, D model width, F feed-forward width.
 """
@@ -31,7 +31,24 @@ def mlp_params(at: str, D: int, F: int, *, bias: bool = False, fused: bool = Fal
     return declared
 
 
+def plain_mlp_params(up: str, down: str, D: int, F: int, *, bias: bool = True) -> dict[str, Param]:
+    """Declares the two maps of a feed-forward without a gate; `up` and `down` are their names in the checkpoint."""
+    declared = {
+        "up": param((D, F), "embed mlp", f"{up}.weight", "F D -> D F", inputs="embed"),
+        "down": param((F, D), "mlp embed", f"{down}.weight", "D F -> F D", inputs="mlp"),
+    }
+    if bias:
+        declared["up_bias"] = param((F,), "mlp", f"{up}.bias", init="zeros")
+        declared["down_bias"] = param((D,), "embed", f"{down}.bias", init="zeros")
+    return declared
+
+
 def gated_mlp(x: Float[Array, "T D"], p: Mapping[str, Any], act: str) -> Float[Array, "T D"]:
     """(act(x · gate) ⊙ (x · up)) · down, with biases where they are declared."""
     gate, up = project_all(x, (p["gate"], p.get("gate_bias")), (p["up"], p.get("up_bias")))
     return project(activation(act)(gate) * up, p["down"], p.get("down_bias"))
+
+
+def plain_mlp(x: Float[Array, "T D"], p: Mapping[str, Any], act: str) -> Float[Array, "T D"]:
+    """act(x · up) · down, with biases where they are declared."""
+    return project(activation(act)(project(x, p["up"], p.get("up_bias"))), p["down"], p.get("down_bias"))

@@ -7,7 +7,7 @@ loading from and exporting to Hugging Face checkpoints, and the memory estimate.
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -33,7 +33,8 @@ class Source:
         layout: einops pattern from the checkpoint's dims to ours, e.g. "(H K) D -> D H K"; a bijection, so that it
             exports too. None leaves the tensor as it is.
         rows: [start, stop) of the tensor's first dim where several parameters share one fused tensor, else None.
-        aliases: further names under which a checkpoint may repeat this tensor (tied weights); never exported.
+        aliases: further names under which a checkpoint may have this tensor instead, or repeat it (tied weights); never
+            exported.
     """
 
     name: str
@@ -166,6 +167,19 @@ def leaves(tree: Tree) -> Iterator[tuple[str, Param]]:
 def map_params(fn: Callable[[Param], Any], tree: Tree) -> Tree:
     """Applies `fn` to every `Param` of a tree."""
     return jax.tree.map(fn, tree, is_leaf=is_param)
+
+
+def also_named(tree: Tree, prefixes: Mapping[str, Sequence[str]]) -> Tree:
+    """The declaration with names that checkpoints may have instead: {"transformer.": ("",)} says that a tensor may be
+    named without its "transformer."."""
+
+    def widen(source: Source) -> Source:
+        names = (source.name, *source.aliases)
+        found = [(name, prefix) for name in names for prefix in prefixes if name.startswith(prefix)]
+        others = (other + name.removeprefix(prefix) for name, prefix in found for other in prefixes[prefix])
+        return replace(source, aliases=(*source.aliases, *others))
+
+    return map_params(lambda p: replace(p, sources=tuple(map(widen, p.sources))), tree)
 
 
 def count(tree: Tree) -> int:

@@ -2,7 +2,7 @@
 
 Each rule turns (base, rotated dims, its own parameters) into inverse frequencies and a factor on cos and sin.
 Sources: default, Su et al. 2021; linear, Chen et al. 2023; llama3, the Llama 3.1 release; yarn, Peng et al. 2023;
-longrope, Ding et al. 2024.
+longrope, Ding et al. 2024; proportional, the Gemma 4 release.
 """
 
 import math
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from tenfold.base.errors import ConfigError, UnsupportedModelError
 
-KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,9 @@ class Rope:
         kind: one of `KINDS`.
         theta: the base wavelength.
         dims: how many of the head's dims rotate; even.
+        turning: how many of their pairs turn at all, the first ones (proportional).
         original_len: context length before scaling (llama3, yarn, longrope).
-        factor: the scaling factor of linear, llama3 and yarn.
+        factor: the scaling factor of linear, llama3, yarn and proportional.
         attention_factor: multiplies cos and sin (yarn, longrope).
         low, high: llama3's low_freq_factor and high_freq_factor; yarn's beta_slow and beta_fast.
         truncate: yarn rounds its correction range to whole dims.
@@ -38,6 +39,7 @@ class Rope:
     kind: str = "default"
     theta: float = 10_000.0
     dims: int
+    turning: int = 0
     original_len: int = 0
     factor: float = 1.0
     attention_factor: float = 1.0
@@ -70,17 +72,19 @@ def read(parameters: Mapping[str, Any], *, head_dim: int, max_len: int, where: s
         dims = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
         original = int(parameters.get("original_max_position_embeddings") or max_len)
         rope = Rope(kind=kind, theta=float(parameters["rope_theta"]), dims=dims, original_len=original)
-        rope = _read_scaling(rope, parameters, max_len)
+        rope = _read_scaling(rope, parameters, head_dim, max_len)
     except KeyError as missing:
         raise ConfigError(f"{where}: rope type {kind!r} needs the key {missing}") from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: rope type {kind!r} has a key of the wrong type: {error}") from None
-    if dims % 2 or not 0 < dims <= head_dim:
+    if kind != "proportional" and (dims % 2 or not 0 < dims <= head_dim):
         raise ConfigError(f"{where}: {dims} of a head's {head_dim} dims would rotate; they must be pairs")
     return rope
 
 
-def _read_scaling(rope: Rope, p: Mapping[str, Any], max_len: int) -> Rope:
+def _read_scaling(rope: Rope, p: Mapping[str, Any], head_dim: int, max_len: int) -> Rope:
+    if rope.kind == "proportional":  # the other pairs keep their places, and with them the pairing of all
+        return replace(rope, dims=head_dim, turning=rope.dims // 2, factor=float(p.get("factor") or 1))
     if rope.kind == "linear":
         return replace(rope, factor=float(p["factor"]))
     if rope.kind == "llama3":
@@ -133,6 +137,8 @@ def inverse_frequencies(rope: Rope, max_len: int) -> np.ndarray:
     inv = (1.0 / rope.theta**exponents).astype(np.float32)
     if rope.kind == "linear":
         return inv / np.float32(rope.factor)
+    if rope.kind == "proportional":
+        return np.where(np.arange(len(inv)) < rope.turning, inv / np.float32(rope.factor), np.float32(0))
     if rope.kind == "llama3":
         return _llama3(rope, inv)
     if rope.kind == "yarn":

@@ -46,7 +46,13 @@ def _weights(layer: Tree) -> Hashable:
 
 
 def run_layers(
-    block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any, caches: Sequence[Any] | None = None
+    block: Block,
+    layers: Tree,
+    kinds: Sequence[Hashable],
+    x: Any,
+    caches: Sequence[Any] | None = None,
+    *,
+    sources: Sequence[int | None] | None = None,
 ) -> tuple[Any, list[Any]]:
     """Runs `block(x, params, kind, cache) -> (x, cache)` over every layer.
 
@@ -56,33 +62,51 @@ def run_layers(
         kinds: what tells the layers apart, one per layer; static.
         x: the activations that the layers pass on.
         caches: one per layer, or None without a cache. Stacked layers take none.
+        sources: for each layer the earlier one whose cache it reads in place of its own, or None. It gets what that
+            layer's block returned. The kinds must tell layers with a source from those without.
 
     Returns:
-        The last activations, and the updated caches (Nones without).
+        The last activations, and the updated caches (Nones without; those of layers with a source as they were).
     """
+    sources = [None] * len(kinds) if sources is None else sources
     if isinstance(layers, dict):
         if caches is not None:
             raise ValueError("stacked layers hold no cache: serve with unstacked ones")
-        return _scan_layers(block, layers, kinds, x), [None] * len(kinds)
+        return _scan_layers(block, layers, kinds, x, sources), [None] * len(kinds)
     traced = jax.jit(block, static_argnums=2)  # once for all layers of a kind; XLA inlines it again
     updated: list[Any] = []
     for i, params in enumerate(layers):
-        x, cache = traced(x, params, kinds[i], None if caches is None else caches[i])
+        source = sources[i]
+        given = updated[source] if source is not None else None if caches is None else caches[i]
+        x, cache = traced(x, params, kinds[i], given)
         updated.append(cache)
-    return x, updated
+    if caches is None:
+        return x, [None] * len(kinds)
+    return x, [updated[i] if source is None else caches[i] for i, source in enumerate(sources)]
 
 
-def _scan_layers(block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any) -> Any:
+def _scan_layers(block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any, sources: Sequence[int | None]) -> Any:
     head, n = len(layers["head"]), len(layers["scan"])
+    repeats = (len(kinds) - head) // n > 1
+    if repeats and any(source is not None and source >= head for source in sources):
+        raise ValueError("layers that read another's cache are of kinds of their own, so that it is of no repetition")
+
+    def run(i: int, x: Any, params: Tree, updated: dict[int, Any]) -> Any:
+        source = sources[i]
+        x, updated[i] = block(x, params, kinds[i], None if source is None else updated[source])
+        return x
+
+    first: dict[int, Any] = {}
     for i, params in enumerate(layers["head"]):
-        x, _ = block(x, params, kinds[i], None)
+        x = run(i, x, params, first)
 
     def body(x: Any, params: list[Tree]) -> tuple[Any, None]:
+        updated = dict(first)
         for i in range(n):
-            x, _ = block(x, params[i], kinds[head + i], None)
+            x = run(head + i, x, params[i], updated)
         return x, None
 
     x, _ = jax.lax.scan(body, x, layers["scan"])
     for i, params in enumerate(layers["tail"]):
-        x, _ = block(x, params, kinds[head + i], None)
+        x = run(head + i, x, params, first)
     return x

@@ -21,7 +21,8 @@ class ShardingRules:
     """The mesh axis, or axes, over which each logical axis is split; None, or an axis that the mesh lacks, splits none.
 
     The defaults are tensor parallelism (Shoeybi et al., 2019) over "tensor", fully sharded weights (Zhao et al., 2023)
-    over "fsdp", and expert parallelism (Lepikhin et al., 2020) over "expert".
+    over "fsdp", and expert parallelism (Lepikhin et al., 2020) over "expert". "small" are dims that nobody would split:
+    the parts of a fused tensor, coefficients, scalars.
     """
 
     embed: MeshAxes = "fsdp"
@@ -32,6 +33,8 @@ class ShardingRules:
     gates: MeshAxes = None
     experts: MeshAxes = "expert"
     vocab: MeshAxes = "tensor"
+    positions: MeshAxes = None
+    small: MeshAxes = None
     latent: MeshAxes = None
     layers: MeshAxes = None
 

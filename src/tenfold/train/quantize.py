@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32
 from tenfold.base.errors import ConfigError
 from tenfold.base.files import TOKENIZER_FILES, matches
 from tenfold.data.tokenizer import Tokenizer
-from tenfold.kernels.attention import AttentionSpec, packed_attention
+from tenfold.kernels.attention import Attend, AttentionSpec, packed_attention
 from tenfold.kernels.matmul import ObservedWeight, QuantizedWeight, reference
 from tenfold.models.family import Model, resolve
 from tenfold.nn import checkpoint
@@ -152,17 +152,19 @@ class _Moments:
         return self._last[1]
 
 
-def _attend_by_row(rows: Rows) -> Callable[..., tuple[jax.Array, None]]:
+def _attend_by_row(rows: Rows) -> Attend:
     """Attention within the segments of packed rows, some rows at a time: the scores of all would fill the memory."""
     N, L = rows.tokens.shape
     segments = jnp.asarray(rows.segment_ids)
     mix = jax.jit(packed_attend(segments), static_argnums=2)
 
-    def attend(heads: Any, cache: None, spec: Any) -> tuple[jax.Array, None]:
+    def attend(heads: Any, cache: Any, spec: Any) -> tuple[jax.Array, Any]:
         if not isinstance(spec, AttentionSpec):
             with jax.disable_jit(False):
                 return mix(heads, cache, spec)
-        q, k, v = (x.reshape(N, L, *x.shape[1:]) for x in heads[:3])
+        if heads.k is not None and heads.v is not None:
+            cache = heads.k, heads.v
+        q, k, v = (x.reshape(N, L, *x.shape[1:]) for x in (heads.q, *cache))
         with jax.disable_jit(False):
             parts = [_attention(q[at], k[at], v[at], segments[at], spec, heads.sinks) for at in _cut(N)]
         o = jnp.concatenate(parts)
