@@ -70,6 +70,7 @@ IRRELEVANT = {
 }
 REFUSED = {
     "is_encoder_decoder": True,
+    "add_cross_attention": True,
     "use_bidirectional_attention": True,
     "layer_norm_elementwise_affine": False,
     "qk_layernorm": True,
@@ -115,8 +116,8 @@ HONOURED: dict[str, tuple[Any, dict[str, Any]]] = {
     "query_pre_attn_scalar": (7, {}),
     "attn_logit_softcapping": (11.0, {}),
     "final_logit_softcapping": (11.0, {}),
-    "num_experts": (7, {}),
-    "num_local_experts": (7, {}),
+    "num_experts": (14, {}),
+    "num_local_experts": (14, {}),
     "n_routed_experts": (8, {}),
     "n_shared_experts": (2, {}),
     "num_experts_per_tok": (3, {}),
@@ -183,7 +184,7 @@ OVERRIDES: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {
     ("glm", "attention_bias"): (False, {}),
     ("glm4", "attention_bias"): (False, {}),
     ("seed_oss", "attention_bias"): (False, {}),
-    ("gpt2", "tie_word_embeddings"): (False, {}),
+    ("gpt2", "tie_word_embeddings"): (True, {}),
     ("exaone4", "layer_types"): (SLIDING["layer_types"], {"sliding_window": 7}),
     ("llama4_text", "layer_types"): (["full_attention", "chunked_attention", "full_attention"], {}),
     ("llama4_text", "use_qk_norm"): (False, {}),
@@ -202,6 +203,12 @@ OVERRIDES |= {
     ("nemotron_h", "layers_block_type"): (["mlp", "full_attention"], {}),
     ("deepseek_v3", "norm_topk_prob"): (False, {}),
     ("deepseek_v3", "topk_group"): (2, {}),
+    ("deepseek_v3", "n_group"): (4, {}),
+    ("deepseek_v2", "n_shared_experts"): (3, {}),
+    ("deepseek_v2", "n_group"): (2, {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 1}),
+    ("deepseek_v2", "topk_group"): (2, {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 1}),
+    ("qwen3_next", "head_dim"): (24, {}),
+    ("qwen3_5_text", "head_dim"): (24, {}),
 }
 HYBRID: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear_conv_kernel_dim": (3, {}),
@@ -251,8 +258,6 @@ HYBRID: dict[str, tuple[Any, dict[str, Any]]] = {
     "qk_rope_head_dim": (6, {}),
     "v_head_dim": (10, {}),
     "topk_method": ("group_limited_greedy", {"n_group": 4, "topk_group": 2}),
-    "n_group": (2, {"topk_method": "group_limited_greedy", "topk_group": 1}),
-    "topk_group": (2, {"topk_method": "group_limited_greedy", "n_group": 4}),
     "rope_interleave": (False, {}),
 }
 NO_EXPERTS = (  # which layers of experts alone would need, and those are refused
@@ -368,7 +373,8 @@ def test_unknown_activation_is_refused_by_name(model_type: str, key: str) -> Non
 @pytest.mark.parametrize("model_type", having("rope_parameters"))
 def test_unknown_rope_is_refused_by_name(model_type: str) -> None:
     rope: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    if OVERRIDES.get((model_type, "rope_parameters"), ({}, {}))[0] is NESTED_ROPE:
+    given, others = OVERRIDES.get((model_type, "rope_parameters"), ({}, {}))
+    if given is NESTED_ROPE:
         rope = {"full_attention": rope}
     with pytest.raises(UnsupportedModelError, match="dynamic"):
-        resolve(base(model_type) | {"rope_parameters": rope})
+        resolve(base(model_type) | others | {"rope_parameters": rope})

@@ -57,7 +57,7 @@ class Config:
         """Reads `config.json`. Raises ConfigError or UnsupportedModelError, naming the key."""
         layers, experts = (
             hf_config.require(hf, "num_hidden_layers"),
-            hf_config.read_num_experts(hf, "num_experts", default=128),
+            hf_config.read_num_experts(hf, "num_local_experts", "num_experts", default=128),
         )
         step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
         return cls(

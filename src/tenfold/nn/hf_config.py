@@ -34,8 +34,9 @@ def kv_heads(hf: HFConfig) -> int:
     return shared
 
 
-def read_num_experts(hf: HFConfig, key: str, *, default: int) -> int:
-    """How many experts a mixture has. Raises ConfigError for none."""
+def read_num_experts(hf: HFConfig, *keys: str, default: int) -> int:
+    """How many experts a mixture has, by the first of `keys` that is set. Raises ConfigError for none."""
+    key = next((key for key in keys if hf.get(key) is not None), keys[0])
     experts = int(default if hf.get(key) is None else hf[key])
     if experts < 1:
         raise ConfigError(f"config.json has {key}={experts}; a mixture needs experts")
