@@ -34,9 +34,11 @@ def lower(model: Model, tokens: int, rows: int, *, decode_only: bool) -> Any:
         last=ints((rows,)),
     )
     caches = jax.eval_shape(
-        lambda: [s.make(PAGES, PAGE, np.float32, native=False, held=np.float32) for s in model.cache_specs()]
+        lambda: jax.tree.map(
+            lambda spec: spec.make(PAGES, PAGE, np.float32, native=False, held=np.float32), list(model.cache_specs())
+        )
     )
-    step = partial(programs.forward, model=model, reaches=(FULL,), decode_only=decode_only)
+    step = partial(programs.forward, model=model, reaches=(FULL,), block_size=PAGE, decode_only=decode_only)
     history = ints((SLOTS + 1, LENGTH))
     return jax.jit(step, donate_argnums=1).lower(abstract(model.params(), jnp.float32), caches, history, batch)
 

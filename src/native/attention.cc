@@ -74,7 +74,7 @@ class Pass {
 
   void run(int64_t split) {
     const int64_t last = block_.position + block_.count;  // keys that the last query sees
-    const int64_t begin = max(split * kSplit, window_begin(block_.position)), end = min((split + 1) * kSplit, last);
+    const int64_t begin = max(split * kSplit, a_.first_key(block_.position)), end = min((split + 1) * kSplit, last);
     begin_ = begin;
     prepare_queries();
     prepare_tiles();
@@ -111,8 +111,6 @@ class Pass {
   static constexpr int kTileRows = kMaxRows / A::kLimbs;
   // 32-bit operands that the weights of a group are.
   static constexpr int64_t kOperands = A::kFixed ? kGroup / 4 : A::kNarrow ? kGroup / 2 : kGroup;
-
-  int64_t window_begin(int64_t position) const { return a_.window ? max(position - a_.window + 1, 0) : 0; }
 
   // --- queries
 
@@ -169,7 +167,7 @@ class Pass {
     for (int64_t t = 0, m = 0; t < tiles_; ++t) {
       const int64_t rows = (rows_ - m + tiles_ - t - 1) / (tiles_ - t);
       const int64_t first = block_.position + m / G_, last = block_.position + (m + rows - 1) / G_;
-      s_.tiles[t] = {m, rows, window_begin(first), last + 1};
+      s_.tiles[t] = {m, rows, a_.first_key(first), last + 1};
       m += rows;
     }
   }
@@ -330,7 +328,7 @@ class Pass {
   // A row's scores of a chunk become weights, relative to the largest score so far.
   __attribute__((noinline)) void weigh(int64_t m, int64_t chunk, const Tile& tile) {
     const int64_t position = block_.position + m / G_;
-    const int64_t begin = max(window_begin(position) - chunk, 0), end = min(position + 1 - chunk, kChunk);
+    const int64_t begin = max(a_.first_key(position) - chunk, 0), end = min(position + 1 - chunk, kChunk);
     const int64_t tile_first = max(tile.begin - chunk, 0) / kGroup;
     const int64_t tile_groups = (min(tile.end - chunk, kChunk) + kGroup - 1) / kGroup;
     uint32_t* const row = s_.scores + m * A::kLimbs * kChunk;

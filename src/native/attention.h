@@ -31,6 +31,7 @@ struct Attention {
   float scale;
   float softcap;   // 0: none
   int64_t window;  // 0: none
+  int64_t chunk;   // of a sequence; 0: none
   Element query_type;  // of queries and outputs, and of new keys and values
   Element cache_type;
   const void* queries;  // [T][H][K]
@@ -44,6 +45,12 @@ struct Attention {
 
   int64_t group() const { return H / J; }
   bool scaled() const { return cache_type == Element::kInt8 || cache_type == Element::kFp8; }
+  // The first key that the query at a position sees.
+  int64_t first_key(int64_t position) const {
+    const int64_t begin = window && position >= window ? position - window + 1 : 0;
+    const int64_t chunk_begin = chunk ? position / chunk * chunk : 0;
+    return begin > chunk_begin ? begin : chunk_begin;
+  }
   // Floats of one row's state: the sum of its values in vectors, then a vector of what its softmax needs.
   int64_t state_floats() const { return (K + kGroup - 1) / kGroup * kGroup + kGroup; }
 };

@@ -181,13 +181,9 @@ struct Plan {
   int64_t cost = 0;
 };
 
-int64_t first_key(const Attention& a, const QueryBlock& block) {
-  return a.window ? std::max<int64_t>(block.position - a.window + 1, 0) : 0;
-}
-
 // Multiply-adds per element of a head, and the reading of the keys.
 int64_t cost_of(const Attention& a, const QueryBlock& block) {
-  return (block.position + block.count - first_key(a, block)) * (block.count * a.group() + 4);
+  return (block.position + block.count - a.first_key(block.position)) * (block.count * a.group() + 4);
 }
 
 // Calls body(block) for each block of queries and each key-value head, the longest ones first within a row.
@@ -211,7 +207,7 @@ void make_plan(const Attention& a, const Rows& rows, int64_t threads, Plan& plan
   plan.floats = plan.cost = 0;
   for_blocks(a, rows, [&](const QueryBlock& block) { plan.cost += cost_of(a, block); });
   for_blocks(a, rows, [&](const QueryBlock& block) {
-    const int64_t first = first_key(a, block) / kSplit, end = (block.position + block.count - 1) / kSplit + 1;
+    const int64_t first = a.first_key(block.position) / kSplit, end = (block.position + block.count - 1) / kSplit + 1;
     if (end - first == 1 || cost_of(a, block) * threads * 4 <= plan.cost) {
       plan.tasks.push_back({block, -1, -1});
       return;
@@ -234,7 +230,8 @@ void run_block(const AttentionKernels& k, const Attention& a, const QueryBlock& 
   const int64_t rows = block.count * a.group(), floats = rows * a.state_floats();
   float* state = scratch<States>(2 * floats * 4);
   k.clear(a, rows, state);
-  for (int64_t split = first_key(a, block) / kSplit; split <= (block.position + block.count - 1) / kSplit; ++split) {
+  const int64_t first = a.first_key(block.position) / kSplit, last = (block.position + block.count - 1) / kSplit;
+  for (int64_t split = first; split <= last; ++split) {
     k.attend(a, block, split, work, state + floats);
     k.merge(a, rows, state + floats, state);
   }
@@ -313,15 +310,16 @@ struct Call {
   Rows rows{};
 };
 
-ffi::Error read_call(float scale, int64_t window, float softcap, const ffi::AnyBuffer& q, const ffi::AnyBuffer& tables,
-                     const ffi::AnyBuffer& kv_lens, const ffi::AnyBuffer& starts, const ffi::AnyBuffer& num_seqs,
-                     Buffers& buffers, ffi::AnyBuffer& out, Call& call) {
+ffi::Error read_call(float scale, int64_t window, int64_t chunk, float softcap, const ffi::AnyBuffer& q,
+                     const ffi::AnyBuffer& tables, const ffi::AnyBuffer& kv_lens, const ffi::AnyBuffer& starts,
+                     const ffi::AnyBuffer& num_seqs, Buffers& buffers, ffi::AnyBuffer& out, Call& call) {
   Attention& a = call.a;
-  if (!std::isfinite(scale) || !(softcap >= 0) || !std::isfinite(softcap) || window < 0) {
-    return invalid("scale must be finite, and window and softcap at least 0, which means none");
+  if (!std::isfinite(scale) || !(softcap >= 0) || !std::isfinite(softcap) || window < 0 || chunk < 0) {
+    return invalid("scale must be finite, and window, chunk and softcap at least 0, which means none");
   }
   a.scale = scale;
   a.window = window;
+  a.chunk = chunk;
   a.softcap = softcap;
   if (auto error = read_queries(q, out, a, call.rows); error.failure()) return error;
   if (auto error = read_cache(buffers, a); error.failure()) return error;
@@ -341,12 +339,12 @@ ffi::Error read_call(float scale, int64_t window, float softcap, const ffi::AnyB
   return read_rows(a, kv_lens, starts, num_seqs, call.rows);
 }
 
-ffi::Error paged_attention(ffi::ThreadPool pool, float scale, int64_t window, float softcap, ffi::AnyBuffer q,
-                           ffi::AnyBuffer tables, ffi::AnyBuffer kv_lens, ffi::AnyBuffer starts,
+ffi::Error paged_attention(ffi::ThreadPool pool, float scale, int64_t window, int64_t chunk, float softcap,
+                           ffi::AnyBuffer q, ffi::AnyBuffer tables, ffi::AnyBuffer kv_lens, ffi::AnyBuffer starts,
                            ffi::AnyBuffer num_seqs, ffi::RemainingArgs args, ffi::Result<ffi::AnyBuffer> out) {
   Call call;
   Buffers buffers(args);
-  if (auto error = read_call(scale, window, softcap, q, tables, kv_lens, starts, num_seqs, buffers, *out, call);
+  if (auto error = read_call(scale, window, chunk, softcap, q, tables, kv_lens, starts, num_seqs, buffers, *out, call);
       error.failure()) {
     return error;
   }
@@ -355,13 +353,13 @@ ffi::Error paged_attention(ffi::ThreadPool pool, float scale, int64_t window, fl
 }
 
 // Stores k and v in the cache, which the results alias, and attends to it.
-ffi::Error paged_attention_update(ffi::ThreadPool pool, float scale, int64_t window, float softcap, ffi::AnyBuffer q,
-                                  ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer tables, ffi::AnyBuffer kv_lens,
-                                  ffi::AnyBuffer starts, ffi::AnyBuffer num_seqs, ffi::RemainingArgs args,
-                                  ffi::Result<ffi::AnyBuffer> out, ffi::RemainingRets rets) {
+ffi::Error paged_attention_update(ffi::ThreadPool pool, float scale, int64_t window, int64_t chunk, float softcap,
+                                  ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer tables,
+                                  ffi::AnyBuffer kv_lens, ffi::AnyBuffer starts, ffi::AnyBuffer num_seqs,
+                                  ffi::RemainingArgs args, ffi::Result<ffi::AnyBuffer> out, ffi::RemainingRets rets) {
   Call call;
   Buffers buffers(args);
-  if (auto error = read_call(scale, window, softcap, q, tables, kv_lens, starts, num_seqs, buffers, *out, call);
+  if (auto error = read_call(scale, window, chunk, softcap, q, tables, kv_lens, starts, num_seqs, buffers, *out, call);
       error.failure()) {
     return error;
   }
@@ -397,6 +395,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tenfold_paged_attention, tenfold::paged_attention,
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
+                                  .Attr<int64_t>("chunk")
                                   .Attr<float>("softcap")
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
@@ -411,6 +410,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tenfold_paged_attention_update, tenfold::paged_att
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
+                                  .Attr<int64_t>("chunk")
                                   .Attr<float>("softcap")
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

@@ -68,7 +68,9 @@ ffi::Error invalid(const char* what) { return ffi::Error(ffi::ErrorCode::kInvali
 
 // Reads how many rows each group has: int32, of all rows together M.
 ffi::Error read_groups(const ffi::AnyBuffer& sizes, int64_t M, Parts& parts) {
-  if (sizes.element_type() != ffi::S32 || sizes.dimensions().size() != 1) return invalid("group sizes must be int32 [E]");
+  if (sizes.element_type() != ffi::S32 || sizes.dimensions().size() != 1) {
+    return invalid("group sizes must be int32 [E]");
+  }
   parts.groups = sizes.dimensions()[0];
   int64_t first = 0;
   for (int64_t group = 0; group < parts.groups; ++group) {
@@ -88,7 +90,8 @@ void run_products(ffi::ThreadPool& pool, const std::vector<Product>& products, c
   const Kernels& k = kernels();
   const int64_t panels = products.back().first + products.back().panels;
   const int64_t task_bytes = std::max<int64_t>(1, products[0].panel_bytes * parts.most);
-  const int64_t per_task = std::max<int64_t>(1, kTaskBytes / task_bytes), count_parts = static_cast<int64_t>(parts.rows.size());
+  const int64_t per_task = std::max<int64_t>(1, kTaskBytes / task_bytes);
+  const int64_t count_parts = static_cast<int64_t>(parts.rows.size());
   parallel_for(pool, ceil_div(panels, per_task) * count_parts, [&](int64_t task) {
     const int64_t first = task / count_parts * per_task;
     const Rows& rows = parts.rows[static_cast<size_t>(task % count_parts)];
@@ -100,10 +103,11 @@ void run_products(ffi::ThreadPool& pool, const std::vector<Product>& products, c
       compute(p, rows.group * p.panels + at, rows, acc);
       const int64_t columns = std::min(kPanel, p.columns - column);
       void* base = p.out.untyped_data();
+      const int64_t corner = rows.first * p.columns + column;
       if (p.out.element_type() == ffi::F32) {
-        k.store_f32(acc, rows.count, columns, static_cast<float*>(base) + rows.first * p.columns + column, p.columns);
+        k.store_f32(acc, rows.count, columns, static_cast<float*>(base) + corner, p.columns);
       } else {
-        k.store_bf16(acc, rows.count, columns, static_cast<uint16_t*>(base) + rows.first * p.columns + column, p.columns);
+        k.store_bf16(acc, rows.count, columns, static_cast<uint16_t*>(base) + corner, p.columns);
       }
     }
   });

@@ -25,6 +25,9 @@ inline F32x16 widen_part(const T* x, int64_t n) {
   return widen(part);
 }
 
+inline float number(float x) { return x; }
+inline float number(uint16_t x) { return bf16_to_float(x); }
+
 // Calls body(where they go, a vector of each input...) for every 16 neighbours; the last are padded with zeros.
 template <typename T, typename Body, typename... Inputs>
 inline void for_lanes(int64_t D, T* out, const Body& body, const Inputs*... inputs) {
@@ -35,6 +38,14 @@ inline void for_lanes(int64_t D, T* out, const Body& body, const Inputs*... inpu
     body(result, widen_part(inputs + d, D - d)...);
     std::memcpy(out + d, result, static_cast<size_t>(D - d) * sizeof(T));
   }
+}
+
+// The sum of all lanes, in order.
+inline float total(F32x16 v) {
+  float lanes[kLanes], sum = 0;
+  store(lanes, v);
+  for (const float each : lanes) sum += each;
+  return sum;
 }
 
 template <typename T>
@@ -50,10 +61,7 @@ void rms_norm(const T* x, const T* weight, int64_t D, float eps, float offset, b
     const F32x16 v = widen_part(x + d, D - d);
     squares = fma(v, v, squares);
   }
-  float lanes[kLanes], sum = 0;
-  store(lanes, squares);
-  for (const float each : lanes) sum += each;
-  const F32x16 scale = splat(1.0f / __builtin_sqrtf(sum / static_cast<float>(D) + eps));
+  const F32x16 scale = splat(1.0f / __builtin_sqrtf(total(squares) / static_cast<float>(D) + eps));
   const auto scaled = [&](T* to, F32x16 v, F32x16 w) {
     narrow(to, weight_last ? rounded(v * scale, unused) * w : v * scale * (w + offset));
   };
@@ -66,9 +74,9 @@ inline void for_deviations(const T* x, int64_t D, float mean, const Body& body) 
   int64_t d = 0;
   for (; d + kLanes <= D; d += kLanes) body(widen(x + d) - mean);
   if (d < D) {
-    F32x16 v = widen_part(x + d, D - d) - mean;
-    for (int64_t i = D - d; i < kLanes; ++i) v[i] = 0;
-    body(v);
+    float rest[kLanes] = {};
+    for (int64_t i = 0; i < D - d; ++i) rest[i] = number(x[d + i]) - mean;
+    body(load<F32x16>(rest));
   }
 }
 
@@ -76,12 +84,9 @@ template <typename T>
 void layer_norm(const T* x, const T* weight, const T* bias, int64_t D, float eps, T* out) {
   F32x16 sums{}, squares{};
   for_deviations(x, D, 0.0f, [&](F32x16 v) { sums += v; });
-  float mean = 0, variance = 0;
-  for (int i = 0; i < kLanes; ++i) mean += sums[i];
-  mean /= static_cast<float>(D);
+  const float mean = total(sums) / static_cast<float>(D);
   for_deviations(x, D, mean, [&](F32x16 v) { squares = fma(v, v, squares); });
-  for (int i = 0; i < kLanes; ++i) variance += squares[i];
-  const F32x16 scale = splat(1.0f / __builtin_sqrtf(variance / static_cast<float>(D) + eps));
+  const F32x16 scale = splat(1.0f / __builtin_sqrtf(total(squares) / static_cast<float>(D) + eps));
   const auto scaled = [&](T* to, F32x16 v, F32x16 w, F32x16 b) { narrow(to, fma((v - mean) * scale, w, b)); };
   for_lanes(D, out, scaled, x, weight, bias);
 }

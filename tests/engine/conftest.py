@@ -20,9 +20,10 @@ ENGINES = {
     "sliding": ("sliding", 1.2, EngineConfig(max_num_seqs=4, max_num_batched_tokens=16, block_size=8)),
     "recurrent": (
         "recurrent",
-        1.4,
+        2.0,
         EngineConfig(max_num_seqs=3, max_num_batched_tokens=16, block_size=4, state_interval=8),
     ),
+    "latent": ("latent", 1.3, EngineConfig(max_num_seqs=3, max_num_batched_tokens=16, block_size=8)),
     # a budget below the smallest bucket, three rows, pages that do not divide the longest sequence, no prefix cache
     "odd": (
         "full",

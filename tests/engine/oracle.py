@@ -62,6 +62,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts": 0,
         "hidden_act": "silu",
     },
+    "latent": _SIZES
+    | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_group": 3,
+        "topk_group": 2,
+    },
     "sliding": _SIZES
     | {
         "architectures": ["MistralForCausalLM"],
@@ -69,6 +85,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "sliding_window": 12,
         "hidden_act": "silu",
+    },
+    "experts": _SIZES
+    | {
+        "architectures": ["Llama4ForCausalLM"],
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "no_rope_layers": [1, 0, 1],
+        "attention_chunk_size": 20,
+        "floor_scale": 16,
     },
 }
 

@@ -63,7 +63,11 @@ def exact(scored: Sequence[TokenLogprobs | None] | None) -> list[tuple[object, .
 @pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize(
     ("form", "model"),
-    [*((form, model) for form in FORMATS for model in ("full", "alternating")), ("float32", "sharing")],
+    [
+        *((form, model) for form in FORMATS for model in ("full", "alternating")),
+        ("bfloat16", "experts"),
+        ("float32", "sharing"),
+    ],
 )
 def test_logprobs_are_bit_identical_alone_and_in_any_company(form: str, model: str) -> None:
     """Alone or in a batch, in chunks or whole, on a prefix hit or a miss, before and after a preemption."""

@@ -248,7 +248,7 @@ def test_nothing_compiles_over_every_bucket(name: str, engines: Callable[[str], 
 # --- what a request may ask -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["full", "alternating", "sliding"])
+@pytest.mark.parametrize("name", ["full", "alternating", "sliding", "recurrent", "latent"])
 def test_greedy_tokens_and_their_logprobs(name: str, engines: Callable[[str], Engine]) -> None:
     params = replace(FREE, max_tokens=30, logprobs=5, prompt_logprobs=3)
     (completion,) = generate(engines(name), PROMPT, params)
@@ -419,7 +419,7 @@ def test_a_window_keeps_only_its_pages(sliding_engine: Engine) -> None:
     assert used[-1] == 0
 
 
-@pytest.mark.parametrize("name", ["full", "alternating", "sliding"])
+@pytest.mark.parametrize("name", ["full", "alternating", "sliding", "recurrent", "latent"])
 def test_preempted_requests_keep_their_tokens(name: str, engines: Callable[[str], Engine]) -> None:
     """Four sequences grow until the cache is full; whoever came last gives way, and loses nothing."""
     engine = engines(name)
@@ -564,3 +564,14 @@ def _leaves(tree: Any) -> list[Any]:
     if isinstance(tree, dict):
         return [leaf for value in tree.values() for leaf in _leaves(value)]
     return [leaf for value in tree for leaf in _leaves(value)] if isinstance(tree, list) else [tree]
+
+
+def test_a_prefix_is_found_where_recurrent_layers_kept_their_state(engines: Callable[[str], Engine]) -> None:
+    """Every eight tokens, and not where a prompt or an output ends."""
+    engine = engines("recurrent")
+    (first,) = generate(engine, PROMPT, replace(FREE, max_tokens=2), cache_salt="states")
+    (second,) = generate(engine, PROMPT, replace(FREE, max_tokens=2), cache_salt="states")
+    (shorter,) = generate(engine, PROMPT[:15], FREE, cache_salt="states")
+    assert [c.cached for c in (first, second, shorter)] == [0, 16, 8]
+    assert first.tokens == second.tokens == greedy(tiny_model("recurrent"), PROMPT, replace(FREE, max_tokens=2))
+    check_idle(engine)

@@ -47,6 +47,7 @@ def attend(
         *buffers,
         scale=np.float32(spec.scale),
         window=np.int64(spec.window or 0),
+        chunk=np.int64(spec.chunk or 0),
         softcap=np.float32(spec.softcap or 0),
     )
 
@@ -201,6 +202,7 @@ def dense(s: Sequence, start: int, end: int, spec: AttentionSpec, sinks: np.ndar
     group = q.shape[1] // k.shape[1]
     positions, keys = np.arange(start, end)[:, None], np.arange(end)[None]
     seen = (keys <= positions) & (keys > positions - (spec.window or end))
+    seen &= keys // (spec.chunk or end) == positions // (spec.chunk or end)
     out = np.zeros(q.shape)
     for h in range(q.shape[1]):
         scores = q[:, h] @ k[:, h // group].T * spec.scale
@@ -244,6 +246,7 @@ specs = st.builds(
     AttentionSpec,
     scale=st.sampled_from([0.1, 0.3]),
     window=st.sampled_from([None, 1, 5, 40, 300]),
+    chunk=st.sampled_from([None, None, 1, 7, 64, 250]),
     softcap=st.sampled_from([None, 3.0, 30.0]),
 )
 
@@ -261,10 +264,12 @@ def test_any_ragged_batch_equals_attention_in_float64(
 
 
 @pytest.mark.parametrize(("queries", "cache"), PAIRS)
-@pytest.mark.parametrize("window", [None, 3000])
-def test_long_sequences_equal_attention_in_float64(queries: str, cache: str, window: int | None) -> None:
+@pytest.mark.parametrize(("window", "chunk"), [(None, None), (3000, None), (None, 4300)])
+def test_long_sequences_equal_attention_in_float64(
+    queries: str, cache: str, window: int | None, chunk: int | None
+) -> None:
     """One sequence, whose splits are tasks of their own; and several, whose splits are not."""
-    heads, spec = Heads(J=1, K=16, queries=queries, cache=cache), AttentionSpec(0.3, window)
+    heads, spec = Heads(J=1, K=16, queries=queries, cache=cache), AttentionSpec(0.3, window, chunk=chunk)
     rng = np.random.default_rng(1)
     case = Case(heads, [draw_sequence(rng, heads, n) for n in (3 * SPLIT + 33, SPLIT + 1, SPLIT, 20)])
     ends = [len(s.k) for s in case.sequences]
@@ -331,8 +336,11 @@ def test_a_token_has_the_same_bits_however_it_is_computed(queries: str, cache: s
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize(("queries", "cache"), PAIRS)
 @pytest.mark.parametrize("B", [16, 20])
-def test_pages_before_the_window_are_not_read(queries: str, cache: str, B: int) -> None:
-    heads, spec = Heads(B=B, queries=queries, cache=cache), AttentionSpec(0.3, window=50)
+@pytest.mark.parametrize(
+    "spec", [AttentionSpec(0.3, window=50), AttentionSpec(0.3, chunk=791)], ids=["window", "chunk"]
+)
+def test_pages_out_of_reach_are_not_read(queries: str, cache: str, B: int, spec: AttentionSpec) -> None:
+    heads = Heads(B=B, queries=queries, cache=cache)
     case = Case(heads, [draw_sequence(np.random.default_rng(0), heads, 900)])
     parts = [(0, 840, 900)]
     expected = case.run(parts, spec)

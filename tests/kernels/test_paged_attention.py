@@ -20,19 +20,21 @@ paged_attention = jax.jit(op.paged_attention, static_argnums=3, static_argnames=
 write = jax.jit(op.write)
 
 
-def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpec) -> np.ndarray:
+def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpec, sinks: np.ndarray | None) -> np.ndarray:
     """Causal attention of the last len(q) tokens of one sequence in float64, written from the formula."""
     n, H, _ = q.shape
     group = H // k.shape[1]
     positions, keys = np.arange(len(k) - n, len(k))[:, None], np.arange(len(k))[None]
     seen = (keys <= positions) & (keys > positions - (spec.window or len(k)))
+    seen &= keys // (spec.chunk or len(k)) == positions // (spec.chunk or len(k))
     out = np.zeros(q.shape)
     for h in range(H):
         scores = q[:, h].astype(np.float64) @ k[:, h // group].astype(np.float64).T * spec.scale
         if spec.softcap:
             scores = spec.softcap * np.tanh(scores / spec.softcap)
-        weights = np.where(seen, np.exp(scores - scores.max(1, keepdims=True)), 0)
-        out[:, h] = weights / weights.sum(1, keepdims=True) @ v[:, h // group].astype(np.float64)
+        weights = np.where(seen, np.exp(scores), 0)
+        total = weights.sum(1, keepdims=True) + (0 if sinks is None else np.exp(np.float64(sinks[h])))
+        out[:, h] = weights / total @ v[:, h // group].astype(np.float64)
     return out
 
 
@@ -109,15 +111,15 @@ class Case:
         )
         return write(cache, k, v, pages, offsets)
 
-    def expected(self, spec: AttentionSpec) -> np.ndarray:
+    def expected(self, spec: AttentionSpec, sinks: np.ndarray | None) -> np.ndarray:
         k, v = ([held(x, self.sizes.cache) for x in xs] for xs in (self.k, self.v))
         rows = zip(self.starts, self.starts[1:], k, v, strict=False)
-        return np.concatenate([dense(self.q[start:end], k, v, spec) for start, end, k, v in rows])
+        return np.concatenate([dense(self.q[start:end], k, v, spec, sinks) for start, end, k, v in rows])
 
 
-def check(case: Case, spec: AttentionSpec, *, decode_only: bool = False) -> None:
-    out = np.asarray(paged_attention(case.q, case.cache, case.batch, spec, decode_only=decode_only))
-    expected = case.expected(spec)
+def check(case: Case, spec: AttentionSpec, sinks: np.ndarray | None = None, *, decode_only: bool = False) -> None:
+    out = np.asarray(paged_attention(case.q, case.cache, case.batch, spec, sinks, decode_only=decode_only))
+    expected = case.expected(spec, sinks)
     np.testing.assert_allclose(out[: len(expected)], expected, rtol=2e-5, atol=2e-5)
     assert np.isfinite(out).all()  # padding goes through the layers that follow
 
@@ -135,10 +137,15 @@ CASES = [
     (Sizes(160, 11, 4, 2, 2), AttentionSpec(0.3, window=None, softcap=3.0)),
     (Sizes(160, 11, 16, 1, 3), AttentionSpec(0.3, window=None)),
     (Sizes(160, 11, 16, 2, 2), AttentionSpec(0.3, window=40, softcap=3.0)),
-    (Sizes(160, 11, 48, 1, 1), AttentionSpec(0.3, window=5)),
+    (Sizes(160, 11, 48, 1, 1), AttentionSpec(0.3, window=9, chunk=37)),
     (Sizes(160, 11, 16, 2, 2, "int8"), AttentionSpec(0.3, window=None)),
     (Sizes(160, 11, 4, 1, 3, "float8_e4m3fn"), AttentionSpec(0.3, window=40, softcap=3.0)),
 ]
+
+
+def sinks_of(sizes: Sizes) -> np.ndarray | None:
+    """Some in half of the cases."""
+    return np.linspace(-3, 3, sizes.G, dtype=np.float32) if sizes.J == 1 else None
 
 
 @pytest.mark.parametrize(("sizes", "spec"), CASES)
@@ -147,7 +154,7 @@ CASES = [
 def test_any_ragged_batch_equals_dense_attention(
     sizes: Sizes, spec: AttentionSpec, seed: int, lengths: list[tuple[int, int]]
 ) -> None:
-    check(Case(seed, sizes, packed(lengths, sizes)), spec)
+    check(Case(seed, sizes, packed(lengths, sizes)), spec, sinks_of(sizes))
 
 
 @pytest.mark.slow
@@ -157,7 +164,7 @@ def test_any_ragged_batch_equals_dense_attention(
 def test_any_ragged_batch_equals_dense_attention_at_depth(
     sizes: Sizes, spec: AttentionSpec, seed: int, lengths: list[tuple[int, int]]
 ) -> None:
-    check(Case(seed, sizes, packed(lengths, sizes)), spec)
+    check(Case(seed, sizes, packed(lengths, sizes)), spec, sinks_of(sizes))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +180,7 @@ def test_any_ragged_batch_equals_dense_attention_at_depth(
 def test_any_decoding_batch_equals_dense_attention(
     sizes: Sizes, spec: AttentionSpec, seed: int, totals: list[int]
 ) -> None:
-    check(Case(seed, sizes, [(total, 1) for total in totals][: sizes.T]), spec, decode_only=True)
+    check(Case(seed, sizes, [(total, 1) for total in totals][: sizes.T]), spec, sinks_of(sizes), decode_only=True)
 
 
 @pytest.mark.parametrize("lengths", [[(256, 64)], [(257, 65)], [(1, 1)], [(90, 90), (90, 2), (64, 64)], [(LONGEST, 1)]])
@@ -184,11 +191,11 @@ def test_edges_of_blocks_and_chunks(lengths: list[tuple[int, int]]) -> None:
 @pytest.mark.parametrize("cache", ["float32", "int8", "float8_e4m3fn"])
 def test_reference_equals_dense_attention(cache: str) -> None:
     case = Case(0, Sizes(26, 3, 16, 2, 2, cache), [(70, 1), (9, 9), (40, 13)])
-    spec = AttentionSpec(scale=0.3, window=20, softcap=5.0)
+    spec, sinks = AttentionSpec(scale=0.3, window=20, softcap=5.0, chunk=32), np.array([-1, 0, 1, 2], np.float32)
     positions = np.concatenate([np.arange(total - new, total) for total, new in case.sequences] + [np.zeros(3, int)])
     reference = jax.jit(partial(op.reference, spec=spec))
-    out = np.asarray(reference(case.q, case.cache, case.batch, positions.astype(np.int32)))
-    expected = case.expected(spec)
+    out = np.asarray(reference(case.q, case.cache, case.batch, positions.astype(np.int32), sinks=sinks))
+    expected = case.expected(spec, sinks)
     np.testing.assert_allclose(out[: len(expected)], expected, rtol=2e-5, atol=2e-5)
 
 

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 
 from tenfold.base.errors import ConfigError, UnsupportedModelError
+from tenfold.base.files import matches
 from tenfold.kernels.attention import AttentionSpec
 from tenfold.models.family import resolve
 from tenfold.nn.cache import KeyValueSpec
+from tenfold.nn.param import count, leaves
 from tests.parity.cases import SIZES
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -22,8 +24,10 @@ def windows(hf: dict[str, Any]) -> list[int | None]:
 
 
 def test_unknown_architecture_names_the_nearest_family() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"Qwen3MoeForCausalLM.*nearest supported one is Qwen3ForCausalLM"):
-        resolve(config("Qwen3MoeForCausalLM"))
+    with pytest.raises(
+        UnsupportedModelError, match=r"Qwen9MoeForCausalLM.*nearest supported one is Qwen.MoeForCausalLM"
+    ):
+        resolve(config("Qwen9MoeForCausalLM"))
 
 
 def test_of_multimodal_gemma_the_text_part_is_read() -> None:
@@ -198,3 +202,117 @@ def test_with_max_len_changes_that_alone() -> None:
     shorter = model.with_max_len(99)
     assert shorter.config.max_len == 99
     assert shorter.with_max_len(model.config.max_len) == model
+
+
+QWEN3_MOE = {"moe_intermediate_size": 12, "num_experts": 9}
+
+
+def sparse(hf: dict[str, Any]) -> list[bool]:
+    return ["router" in layer for layer in resolve(hf).params()["layers"]]
+
+
+def test_which_layers_of_qwen_are_mixtures() -> None:
+    hf = config("Qwen3MoeForCausalLM", **QWEN3_MOE, num_hidden_layers=5)
+    assert sparse(hf) == [True] * 5
+    assert sparse(hf | {"decoder_sparse_step": 2}) == [False, True, False, True, False]
+    assert sparse(hf | {"mlp_only_layers": [0, 3]}) == [False, True, True, False, True]
+
+
+def test_which_layers_of_glm_and_llama4_are_mixtures() -> None:
+    glm = config("Glm4MoeForCausalLM", moe_intermediate_size=12, first_k_dense_replace=2)
+    assert sparse(glm) == [False, False, True]
+    llama = config("Llama4ForCausalLM", intermediate_size_mlp=12)
+    assert sparse(llama) == [True] * 3
+    assert sparse(llama | {"interleave_moe_layer_step": 2}) == [False, True, False]
+    assert sparse(llama | {"moe_layers": [0]}) == [True, False, False]
+
+
+def test_llama4_sees_chunks_where_it_rotates() -> None:
+    kinds = resolve(config("Llama4ForCausalLM", intermediate_size_mlp=12, num_hidden_layers=5)).kinds()
+    assert [(spec.rope, spec.chunk) for spec in kinds] == [("default", 8192)] * 3 + [(None, None), ("default", 8192)]
+    for wrong in ({"layer_types": [FULL] * 2}, {"no_rope_layers": [1]}, {"attention_chunk_size": None}):
+        with pytest.raises(ConfigError, match="for 3 layers"):
+            resolve(config("Llama4ForCausalLM", intermediate_size_mlp=12, **wrong))
+    with pytest.raises(UnsupportedModelError, match="sliding_attention"):
+        resolve(config("Llama4ForCausalLM", intermediate_size_mlp=12, layer_types=[SLIDING] * 3))
+
+
+def test_llama4_is_read_out_of_a_model_that_sees_images() -> None:
+    text = config("Llama4ForCausalLM", intermediate_size_mlp=12)
+    whole = resolve({"architectures": ["Llama4ForConditionalGeneration"], "text_config": text, "vision_config": {}})
+    names = {source.name for _, p in leaves(whole.params()) for source in p.sources}
+    assert all(name.startswith(("language_model.model.", "language_model.lm_head.")) for name in names)
+    assert not any(matches(name, whole.skipped()) for name in names)
+    assert matches("vision_model.model.layers.0.mlp.fc1.bias", whole.skipped())
+    assert count(whole.params()) == count(resolve(text).params())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "own", "message"),
+    [
+        ("MiniMaxM2ForCausalLM", {"scoring_func": "softmax"}, "scoring_func"),
+        ("MiniMaxM2ForCausalLM", {"use_routing_bias": False}, "use_routing_bias"),
+        ("MiniMaxM2ForCausalLM", {"qk_norm_type": "per_head"}, "qk_norm_type"),
+        ("MiniMaxM2ForCausalLM", {"shared_intermediate_size": 8}, "shared_intermediate_size"),
+        ("MiniMaxM2ForCausalLM", {"attn_type_list": [1, 0, 1]}, "attn_type_list"),
+        ("MixtralForCausalLM", {"attention_bias": True}, "attention_bias"),
+    ],
+)
+def test_what_mixtures_do_not_implement_is_refused(architecture: str, own: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        resolve(config(architecture, **own))
+
+
+def test_a_token_chooses_some_of_the_experts() -> None:
+    for top_k in (0, 10):
+        with pytest.raises(ConfigError, match=f"num_experts_per_tok={top_k} of 9 experts"):
+            resolve(config("Qwen3MoeForCausalLM", **QWEN3_MOE, num_experts_per_tok=top_k))
+    with pytest.raises(ConfigError, match="num_experts=0"):
+        resolve(config("Qwen3MoeForCausalLM", **QWEN3_MOE | {"num_experts": 0}))
+
+
+def test_layers_that_predict_further_tokens_are_skipped() -> None:
+    model = resolve(config("Glm4MoeForCausalLM", moe_intermediate_size=12))
+    assert matches("model.layers.3.eh_proj.weight", model.skipped())
+    assert not matches("model.layers.2.mlp.gate.weight", model.skipped())
+    assert resolve(config("LlamaForCausalLM")).skipped() == ()
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "own", "four", "five"),
+    [
+        ("GptOssForCausalLM", {}, {"rope_theta": 9e4, "rope_scaling": YARN}, YARN | {"rope_theta": 9e4}),
+        (
+            "Llama4ForCausalLM",
+            {"intermediate_size_mlp": 12},
+            {"rope_theta": 9e4, "rope_scaling": LLAMA3},
+            LLAMA3 | {"rope_theta": 9e4},
+        ),
+        (
+            "Glm4MoeForCausalLM",
+            {"moe_intermediate_size": 12},
+            {"rope_theta": 9e4, "partial_rotary_factor": 0.5},
+            {"rope_type": "default", "rope_theta": 9e4, "partial_rotary_factor": 0.5},
+        ),
+        (
+            "MiniMaxM2ForCausalLM",
+            {"head_dim": 12},
+            {"rope_theta": 9e4, "rotary_dim": 6},
+            {"rope_type": "default", "rope_theta": 9e4, "partial_rotary_factor": 0.5},
+        ),
+    ],
+)
+def test_transformers_4_and_5_spell_the_same_rotation(
+    architecture: str, own: dict[str, Any], four: dict[str, Any], five: dict[str, Any]
+) -> None:
+    assert resolve(config(architecture, **own, **four)) == resolve(config(architecture, **own, rope_parameters=five))

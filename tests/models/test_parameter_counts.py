@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from jax.sharding import AbstractMesh
 
-from tenfold.models.family import resolve
-from tenfold.nn.param import count
+from tenfold.models.family import Model, resolve
+from tenfold.nn.param import count, device_nbytes, nbytes
 from tests.parity.cases import CASES
 from tests.parity.full_size import FULL_SIZE
 from tests.parity.golden import DIRECTORY
@@ -14,8 +15,41 @@ COUNTS: dict[str, int] = json.loads((DIRECTORY / "parameter_counts.json").read_t
 ARCHITECTURES = {case.config["model_type"]: case.config["architectures"] for case in CASES}
 
 
+def full_size(name: str) -> Model:
+    return resolve(FULL_SIZE[name] | {"architectures": ARCHITECTURES[FULL_SIZE[name]["model_type"]]})
+
+
 @pytest.mark.parametrize("name", sorted(FULL_SIZE))
 def test_parameter_count(name: str) -> None:
-    model = resolve(FULL_SIZE[name] | {"architectures": ARCHITECTURES[FULL_SIZE[name]["model_type"]]})
+    model = full_size(name)
     assert count(model.params()) == COUNTS[name]
     assert count(model.params(stacked=True)) == COUNTS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Mixtral-8x7B-v0.1", 46.7),
+        ("Llama-3.1-405B", 405.9),
+        ("Llama-4-Maverick-17B-128E (text)", 400.7),
+        ("gpt-oss-120b", 116.8),
+        ("Qwen3-235B-A22B", 235.1),
+        ("OLMoE-1B-7B-0924", 6.9),
+        ("DeepSeek-V3", 671.0),
+        ("Qwen3-Next-80B-A3B", 79.7),
+    ],
+)
+def test_counts_are_those_that_were_published(name: str, billions: float) -> None:
+    assert round(COUNTS[name] / 1e9, 1) == billions
+
+
+@pytest.mark.parametrize("name", ["Mixtral-8x7B-v0.1", "gpt-oss-120b", "Qwen3-235B-A22B", "DeepSeek-V3"])
+def test_experts_are_spread_over_devices(name: str) -> None:
+    """Over experts and tensors, all but norms, routers and a few heads: each of 32 devices holds little over a 32nd."""
+    tree = full_size(name).params()
+    whole = nbytes(tree, "bfloat16")
+    assert device_nbytes(tree, "bfloat16", AbstractMesh((1,), ("expert",))) == whole
+    each = device_nbytes(tree, "bfloat16", AbstractMesh((8, 4), ("expert", "tensor")))
+    assert whole / 32 < each < whole / 32 * 1.3
+    experts = device_nbytes(tree, "bfloat16", AbstractMesh((8,), ("expert",)))
+    assert whole / 8 < experts < whole / 8 * 1.35

@@ -39,6 +39,7 @@ def tree(num_layers: int) -> dict:
     [
         ({"axes": "embed"}, "do not name the dims"),
         ({"axes": "layers embed"}, "1 sources for the shape"),
+        ({"axes": "experts embed", "stack_dims": 1}, r"1 sources for the shape \(4, 3\), of which 1 dims are stacked"),
         ({"sources": (Source(name="w", layout="A B C -> C B A"),)}, "is not a bijection"),
         ({"sources": (Source(name="w", rows=(4, 6)),)}, r"rows \(4, 6\) do not hold"),
         ({"sources": (Source(name="w", layout="B A -> A B", rows=(4, 9)),)}, r"rows \(4, 9\) do not hold"),
@@ -107,7 +108,8 @@ def test_a_stack_names_its_layers() -> None:
     stacked = params.stack([layer(i)["q"] for i in range(3)])
     assert stacked.stacked
     assert stacked.shape == (3, 6, 2, 4)
-    assert stacked.layer_shape == (6, 2, 4)
+    assert stacked.source_shape == (6, 2, 4)
+    assert stacked.stack_shape == (3,)
     assert stacked.axes == "layers embed heads head_dim"
     assert [source.name for source in stacked.sources] == [f"model.layers.{i}.q.weight" for i in range(3)]
 

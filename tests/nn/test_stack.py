@@ -39,6 +39,7 @@ KINDS = [
     ["near", "near", "wide"] * 2,
     ["near", "wide", "near", "wide", "near"],  # the last repetition is cut short
     ["near", "near", "near", "wide"],  # nothing repeats
+    ["wide", "near", "near", "near"],  # the first is unlike the others
 ]
 
 

@@ -72,3 +72,26 @@ def test_random_weights_are_made_on_a_mesh() -> None:
     shardings = params.shardings(tree, make_mesh(mesh_shape))
     sharded = params.initialize(tree, jax.random.key(0), "float32", shardings)
     assert_same_model(sharded, params.initialize(tree, jax.random.key(0), "float32"), mesh_shape)
+
+
+def test_experts_lie_on_several_devices() -> None:
+    hf = HF | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+    }
+    model, mesh = resolve(hf), make_mesh({"expert": 2, "tensor": 2})
+    tree = model.params()
+    shardings = params.shardings(tree, mesh)
+    single = params.initialize(tree, jax.random.key(1), "float32")
+    sharded = jax.device_put(single, shardings)
+    assert sharded["layers"][0]["gate"].addressable_shards[0].data.shape == (3, 24, 20)
+    assert set(bytes_per_device(sharded).values()) == {params.device_nbytes(tree, "float32", mesh)}
+
+    @jax.jit
+    def forward(weights: Tree) -> jax.Array:
+        attend = packed_attend(jnp.zeros((1, len(TOKENS)), jnp.int32))
+        return model.logits(weights, model.forward(weights, TOKENS, jnp.arange(len(TOKENS)), attend)[0])
+
+    np.testing.assert_allclose(forward(sharded), forward(single), atol=1e-5, rtol=0)

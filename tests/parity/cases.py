@@ -45,7 +45,8 @@ class Case:
         config: its config.json.
         shortest_prompt: in tokens.
         max_len: the context that our side is configured for; decides longrope's factors.
-        engine: `make test` also runs it stacked and through the engine, which compile for a while: one per family.
+        engine: `make test` also runs it stacked and through the engine, which compile for a while: one per family, or
+            one of several families that are made of the same parts.
     """
 
     name: str
@@ -131,6 +132,14 @@ LATENT = {
     "qk_rope_head_dim": 6,
     "v_head_dim": 14,
 }
+MIXTRAL = ("MixtralForCausalLM", "mixtral")
+QWEN2_MOE = ("Qwen2MoeForCausalLM", "qwen2_moe")
+QWEN3_MOE = ("Qwen3MoeForCausalLM", "qwen3_moe")
+OLMOE = ("OlmoeForCausalLM", "olmoe")
+GPT_OSS = ("GptOssForCausalLM", "gpt_oss")
+GLM4_MOE = ("Glm4MoeForCausalLM", "glm4_moe")
+MINIMAX_M2 = ("MiniMaxM2ForCausalLM", "minimax_m2")
+LLAMA4 = ("Llama4ForCausalLM", "llama4_text")
 
 CASES = (
     Case(name="llama", config=_v5(*LLAMA, hidden_act="silu", rope_parameters=_rope())),
@@ -1036,6 +1045,207 @@ CASES = (
             rope_theta=1e4,
         ),
     ),
+    Case(
+        name="mixtral",
+        engine=True,
+        config=_v5(
+            *MIXTRAL,
+            intermediate_size=20,
+            head_dim=12,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            sliding_window=None,
+            rope_parameters=_rope(theta=1e6),
+        ),
+    ),
+    Case(
+        name="mixtral-sliding-v4",
+        config=_v4(
+            *MIXTRAL,
+            intermediate_size=20,
+            num_local_experts=5,
+            num_experts_per_tok=3,
+            sliding_window=7,
+            rope_theta=1e4,
+            router_jitter_noise=0.0,
+            tie_word_embeddings=True,
+        ),
+    ),
+    Case(
+        name="qwen3_moe",
+        config=_v5(
+            *QWEN3_MOE,
+            num_hidden_layers=4,
+            head_dim=16,
+            moe_intermediate_size=20,
+            num_experts=9,
+            num_experts_per_tok=4,
+            norm_topk_prob=True,
+            decoder_sparse_step=1,
+            mlp_only_layers=[0],
+            rope_parameters=_rope(theta=1e6),
+        ),
+    ),
+    Case(
+        name="qwen3_moe-sparse-step-v4",
+        config=_v4(
+            *QWEN3_MOE,
+            num_hidden_layers=5,
+            head_dim=12,
+            attention_bias=True,
+            moe_intermediate_size=12,
+            num_experts=7,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+            decoder_sparse_step=2,
+            mlp_only_layers=[],
+            use_sliding_window=True,
+            sliding_window=6,
+            rope_theta=1e4,
+        ),
+    ),
+    Case(
+        name="qwen2_moe-v4",
+        config=_v4(
+            *QWEN2_MOE,
+            num_key_value_heads=6,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=28,
+            num_experts=7,
+            num_experts_per_tok=3,
+            norm_topk_prob=False,
+            decoder_sparse_step=1,
+            mlp_only_layers=[1],
+            use_sliding_window=False,
+            sliding_window=6,
+            max_window_layers=2,
+            rope_theta=1e6,
+        ),
+    ),
+    Case(
+        name="qwen2_moe-sliding",
+        config=_v5(
+            *QWEN2_MOE,
+            head_dim=12,
+            qkv_bias=False,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            use_sliding_window=True,
+            sliding_window=6,
+            max_window_layers=2,
+            rope_parameters=_rope(theta=1e4),
+        ),
+    ),
+    Case(
+        name="olmoe",
+        config=_v5(
+            *OLMOE,
+            intermediate_size=20,
+            num_key_value_heads=3,
+            num_experts=8,
+            num_experts_per_tok=3,
+            norm_topk_prob=False,
+            rope_parameters=_rope(theta=1e4),
+        ),
+    ),
+    Case(
+        name="gpt_oss",
+        engine=True,
+        config=_v5(
+            *GPT_OSS,
+            intermediate_size=20,
+            head_dim=16,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            sliding_window=6,
+            layer_types=_sliding("sfs"),
+            swiglu_limit=1.5,
+            rope_parameters=_rope(
+                "yarn",
+                150_000.0,
+                factor=4.0,
+                original_max_position_embeddings=64,
+                beta_fast=2.0,
+                beta_slow=0.25,
+                truncate=False,
+            ),
+        ),
+    ),
+    Case(
+        name="olmoe-clipped-v4",
+        config=_v4(
+            *OLMOE,
+            intermediate_size=12,
+            num_key_value_heads=6,
+            num_experts=5,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            attention_bias=True,
+            clip_qkv=1.5,
+            rope_theta=1e4,
+        ),
+    ),
+    Case(
+        name="glm4_moe",
+        engine=True,
+        config=_v5(
+            *GLM4_MOE,
+            num_hidden_layers=4,
+            head_dim=16,
+            moe_intermediate_size=12,
+            n_routed_experts=12,
+            num_experts_per_tok=3,
+            n_shared_experts=2,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.5,
+            norm_topk_prob=True,
+            first_k_dense_replace=1,
+            use_qk_norm=True,
+            num_nextn_predict_layers=1,
+            rope_parameters=_rope(theta=1e4, partial_rotary_factor=0.5),
+        ),
+    ),
+    Case(
+        name="minimax_m2",
+        config=_v5(
+            *MINIMAX_M2,
+            intermediate_size=20,
+            head_dim=16,
+            num_local_experts=7,
+            num_experts_per_tok=3,
+            rope_parameters=_rope(theta=5e6, partial_rotary_factor=0.5),
+        ),
+    ),
+    Case(
+        name="llama4",
+        engine=True,
+        config=_v5(
+            *LLAMA4,
+            num_hidden_layers=5,
+            head_dim=16,
+            intermediate_size=20,
+            intermediate_size_mlp=28,
+            num_local_experts=4,
+            num_experts_per_tok=1,
+            interleave_moe_layer_step=2,
+            attention_chunk_size=24,
+            use_qk_norm=True,
+            floor_scale=9,
+            attn_scale=0.4,
+            rope_parameters=_rope(
+                "llama3",
+                500.0,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=64,
+            ),
+        ),
+    ),
 )
 
 # A_log, Δ's bias (so that states last for some tokens), Mamba's D and short convolutions: center and scale.
@@ -1064,7 +1274,10 @@ EMBEDDINGS = (
 )
 UNSCALED = ("gemma3n_text", "gemma4_text", "gemma4")  # scores are as large as norms make them
 # 1 is added to the scales of their norms.
-ZERO_CENTERED = ("gemma2", "gemma3", "gemma3_text", "qwen3_next", "qwen3_5", "qwen3_5_text")
+ZERO_CENTERED = (
+    *("gemma2", "gemma3", "gemma3_text", "qwen3_next"),
+    *("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+)
 
 
 def make_weight(name: str, shape: tuple[int, ...], config: Mapping[str, Any], seed: int) -> np.ndarray:
@@ -1084,17 +1297,20 @@ def make_weight(name: str, shape: tuple[int, ...], config: Mapping[str, Any], se
         center, scale = 0.3, 0.1
     elif name.endswith("layer_scalar"):
         center = 0.8
+    elif name.endswith(".sinks"):
+        scale = 2.0
     elif name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight")):
         zero_centered = config["model_type"] in ZERO_CENTERED and "linear_attn" not in name
         center, scale = (0.0 if zero_centered else 1.0), 0.4
     elif name.endswith(EMBEDDINGS):
         scale = 0.1 if config["tie_word_embeddings"] else 0.4
-    elif len(shape) == 2:
+    elif len(shape) >= 2:
         scale = 1.0
         if name == "lm_head.weight":
             scale = 0.7
         elif any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "c_attn")):
             scale = 1.3  # attention that chooses
+        # Of inputs: of rows where a tensor holds all experts, [E, D, N], as of columns elsewhere, but for GPT-2.
         scale /= math.sqrt(shape[0 if config["model_type"] == "gpt2" and name != "lm_head.weight" else 1])
     return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale) + np.float32(center)
 

@@ -9,6 +9,7 @@ machine writes the same bytes.
 
 import argparse
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from tests.parity.cases import CASES, NEW_TOKENS, Case, make_prompts, make_weight
 from tests.parity.full_size import FULL_SIZE
@@ -33,11 +35,13 @@ class Unclear(Exception):
 
 
 def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """The names and shapes that transformers itself would save for this model."""
+    """The names and shapes that transformers itself would save for this model: those of published checkpoints."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
-    return {name: tuple(t.shape) for name, t in sorted(model.state_dict().items()) if name not in tied}
+    untied = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    saved = revert_weight_conversion(model, untied)  # in memory it fuses what files hold expert by expert
+    return {name: tuple(tensor.shape) for name, tensor in sorted(saved.items())}
 
 
 def save_checkpoint(case: Case, seed: int, path: Path) -> dict[str, tuple[int, ...]]:
@@ -113,7 +117,7 @@ def run_case(case: Case, seed: int) -> dict[str, Any]:
         "max_len": case.max_len,
         "seed": seed,
         "smallest_gap": round(min(gaps), 6),
-        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_parameters": sum(math.prod(shape) for shape in shapes.values()),
         "tensors": {name: list(shape) for name, shape in shapes.items()},
         "prompts": prompts,
         "tokens": tokens,
@@ -142,9 +146,7 @@ def parameter_counts() -> dict[str, int]:
     """How many weights transformers gives the published models, none of them allocated."""
     counts = {}
     for name, config in FULL_SIZE.items():
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-        counts[name] = sum(p.numel() for p in model.parameters())
+        counts[name] = sum(map(math.prod, tensor_shapes(AutoConfig.for_model(**config)).values()))
     return counts
 
 

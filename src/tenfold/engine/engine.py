@@ -127,7 +127,7 @@ class Engine:
         plan = plan_cache(model, config, dtype, free_memory(device), device.platform, *quantizations)
         model = model.with_max_len(plan.max_model_len)
         finish = partial(_finish, scheme, native.available(device))
-        params = checkpoint.load(path, model.params(), dtype, skipped=model.skipped(), finish=finish)
+        params = checkpoint.load(path, model.params(), dtype, finish=finish, skipped=model.skipped())
         return cls(model, params, config, plan, checkpoint.read_eos_token_ids(path), report)
 
     # --- requests --------------------------------------------------------------------------------------------------

@@ -83,15 +83,15 @@ def forward(
     def attend_heads(
         heads: Heads, cache: Cache, spec: AttentionSpec, ragged: RaggedBatch, pages: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        q, k, v = heads
+        q, k, v, sinks = heads
         if k is None or v is None:  # this step's are in the cache already, which is another layer's
             if isinstance(cache, NativeCache):
-                return read(q, cache, ragged, spec), cache
-            return paged_attention(q, cache, ragged, spec, decode_only=decode_only), cache
+                return read(q, cache, ragged, spec, sinks), cache
+            return paged_attention(q, cache, ragged, spec, sinks, decode_only=decode_only), cache
         if isinstance(cache, NativeCache):
-            return update(q, k, v, cache, ragged, spec)
+            return update(q, k, v, cache, ragged, spec, sinks)
         cache = write(cache, k, v, pages, batch.offsets)
-        return paged_attention(q, cache, ragged, spec, decode_only=decode_only), cache
+        return paged_attention(q, cache, ragged, spec, sinks, decode_only=decode_only), cache
 
     tokens = history[batch.slots, batch.positions]
     hidden, updated = model.forward(params, tokens, batch.positions, attend, caches)

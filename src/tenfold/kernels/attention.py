@@ -45,11 +45,14 @@ class Heads(NamedTuple):
     Attributes:
         q: queries, rotated.
         k, v: the keys and values of the same tokens; None where the layer reads those of another.
+        sinks: of each query head, the score of a key that every query sees besides the tokens, and whose value is 0
+            (gpt-oss); None has none.
     """
 
     q: Float[Array, "T H K"]
     k: Float[Array, "T J K"] | None
     v: Float[Array, "T J K"] | None
+    sinks: Float[Array, " H"] | None = None
 
 
 Attend = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -73,13 +76,15 @@ def packed_attention(
     v: Float[Array, "R L J K"],
     segments: Int[Array, "R L"],
     spec: AttentionSpec,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "R L H K"]:
     """Causal attention within each segment of each row: the reference, and what training uses.
 
     Args:
         q, k, v: R rows of L tokens.
         segments: an id per token; tokens see only tokens of the same id in the same row.
-        spec: scale, window and soft-cap.
+        spec: scale, reach and soft-cap.
+        sinks: as in `Heads`.
     """
     R, L, H, K = q.shape
     J = k.shape[2]
@@ -88,9 +93,18 @@ def packed_attention(
     positions = jnp.arange(L)
     mask = scores_mask(positions[:, None], positions[None, :], spec.reach)
     mask = mask[None] & (segments[:, :, None] == segments[:, None, :])
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEG_INF), axis=-1)
+    scores = jnp.where(mask[:, None, None], scores, NEG_INF)
+    weights = softmax(scores, None if sinks is None else sinks.reshape(1, J, H // J, 1))
     out = jnp.einsum("rjgqs,rsjk->rqjgk", weights.astype(v.dtype), v)
     return out.reshape(R, L, H, K)
+
+
+def softmax(scores: Float[Array, "*B S"], sinks: Float[Array, "*b"] | None) -> Float[Array, "*B S"]:
+    """The weights of scores, of which `sinks`, that broadcast over the leading dims, take their share."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    column = jnp.broadcast_to(sinks.astype(scores.dtype), scores.shape[:-1])[..., None]
+    return jax.nn.softmax(jnp.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]
 
 
 def soft_cap(scores: jax.Array, cap: float | None) -> jax.Array:

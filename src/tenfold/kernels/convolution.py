@@ -38,7 +38,7 @@ class Convolution(NamedTuple):
     bias: Float[Array, " C"] | None
 
 
-InputsCache = Float[Array, "P W-1 C"]  # in page p of a sequence: the last inputs of the block, the oldest first
+InputsCache = Float[Array, "P before C"]  # in page p of a sequence: the last inputs of the block, the oldest first
 
 
 def reference(inputs: Convolution, segments: Int[Array, "R L"]) -> Float[Array, "T C"]:
@@ -78,7 +78,7 @@ def short_convolution(
     tokens = jnp.arange(T)
     row = jnp.clip(jnp.searchsorted(batch.query_starts, tokens, side="right") - 1, 0, S - 1)
     y = _combine(inputs, [at(row, tokens - ago) for ago in range(W)])
-    ends = (blocks.first + blocks.length)[:, None] - jnp.arange(W - 1, 0, -1)
+    ends = (blocks.first + blocks.length)[:, None] - jnp.arange(W - 1, 0, -1)[None]
     cache = cache.at[blocks.page].set(at(blocks.row[:, None], ends).astype(cache.dtype), mode="promise_in_bounds")
     return y, cache
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from tenfold.kernels.attention import NEG_INF, AttentionSpec, scores_mask, soft_cap
+from tenfold.kernels.attention import NEG_INF, AttentionSpec, scores_mask, soft_cap, softmax
 
 CHUNK_TOKENS = 256  # keys that one pass of the softmax covers
 QUERY_BLOCK = 64  # prefill queries that share one pass over the keys
@@ -130,6 +130,7 @@ def update(
     cache: NativeCache,
     batch: RaggedBatch,
     spec: AttentionSpec,
+    sinks: Float[Array, " H"] | None = None,
 ) -> tuple[Float[Array, "T H K"], NativeCache]:
     """Stores this step's keys and values in a native cache, in place when it is donated, and attends to it.
 
@@ -149,15 +150,21 @@ def update(
         batch.query_starts,
         batch.num_seqs,
         *held,
+        *(() if sinks is None else (sinks.astype(jnp.float32),)),
         scale=np.float32(spec.scale),
         window=np.int64(spec.window or 0),
+        chunk=np.int64(spec.chunk or 0),
         softcap=np.float32(spec.softcap or 0),
     )
     return out, NativeCache(*held)
 
 
 def read(
-    q: Float[Array, "T H K"], cache: NativeCache, batch: RaggedBatch, spec: AttentionSpec
+    q: Float[Array, "T H K"],
+    cache: NativeCache,
+    batch: RaggedBatch,
+    spec: AttentionSpec,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "T H K"]:
     """Attends to a native cache that holds this step's keys and values already: what `update` does after storing."""
     call = jax.ffi.ffi_call("tenfold_paged_attention", jax.ShapeDtypeStruct(q.shape, q.dtype))
@@ -168,8 +175,10 @@ def read(
         batch.query_starts,
         batch.num_seqs,
         *(x for x in cache if x is not None),
+        *(() if sinks is None else (sinks.astype(jnp.float32),)),
         scale=np.float32(spec.scale),
         window=np.int64(spec.window or 0),
+        chunk=np.int64(spec.chunk or 0),
         softcap=np.float32(spec.softcap or 0),
     )
 
@@ -226,7 +235,12 @@ def _read(
 
 
 def reference(
-    q: Float[Array, "T H K"], cache: PagedCache, batch: RaggedBatch, positions: Int[Array, " T"], spec: AttentionSpec
+    q: Float[Array, "T H K"],
+    cache: PagedCache,
+    batch: RaggedBatch,
+    positions: Int[Array, " T"],
+    spec: AttentionSpec,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "T H K"]:
     """The definition: every token against its whole sequence. Memory grows with T · N · B; for tests."""
     T, H, K = q.shape
@@ -238,12 +252,19 @@ def reference(
     scores = jnp.einsum("tjgk,tsjk->tjgs", q.reshape(T, J, H // J, K), k, preferred_element_type=jnp.float32)
     scores = soft_cap(scores * spec.scale, spec.softcap)
     mask = scores_mask(positions[:, None], jnp.arange(tables.shape[1] * B)[None, :], spec.reach)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEG_INF), axis=-1)
+    scores = jnp.where(mask[:, None, None], scores, NEG_INF)
+    weights = softmax(scores, None if sinks is None else sinks.reshape(1, J, H // J))
     return jnp.einsum("tjgs,tsjk->tjgk", weights.astype(v.dtype), v).reshape(T, H, K).astype(q.dtype)
 
 
 def paged_attention(
-    q: Float[Array, "T H K"], cache: PagedCache, batch: RaggedBatch, spec: AttentionSpec, *, decode_only: bool = False
+    q: Float[Array, "T H K"],
+    cache: PagedCache,
+    batch: RaggedBatch,
+    spec: AttentionSpec,
+    sinks: Float[Array, " H"] | None = None,
+    *,
+    decode_only: bool = False,
 ) -> Float[Array, "T H K"]:
     """Causal attention of each row's query tokens, its last ones, over its pages.
 
@@ -251,14 +272,15 @@ def paged_attention(
         q: packed queries; row r owns tokens [query_starts[r], query_starts[r + 1]).
         cache: holds the keys and values of this step's tokens too.
         batch: the rows.
-        spec: scale, window, soft-cap.
+        spec: scale, reach, soft-cap.
+        sinks: as in `Heads`.
         decode_only: every row has one query token; compiles no code for others.
 
     Returns:
         The packed outputs; tokens past the last row hold no meaning.
     """
     pages = max(1, CHUNK_TOKENS // cache.k.shape[3])
-    attend = partial(_attend, cache=cache, spec=spec, pages=pages)
+    attend = partial(_attend, cache=cache, sinks=sinks, spec=spec, pages=pages)
     return attend_rows(attend, q, q.shape[2], batch, pages, decode_only=decode_only)
 
 
@@ -340,6 +362,7 @@ def _attend(
     cache: PagedCache,
     tables: Int[Array, "R N"],
     positions: Int[Array, "R Q"],
+    sinks: Float[Array, " H"] | None,
     spec: AttentionSpec,
     pages: int,
 ) -> Float[Array, "R Q H K"]:
@@ -371,11 +394,11 @@ def _attend(
         first = jnp.maximum(earliest - spec.window + 1, first)
     if spec.chunk is not None:
         first = jnp.maximum(earliest // spec.chunk * spec.chunk, first)
-    carry = (
-        jnp.full((R, J, Q * G), NEG_INF, jnp.float32),
-        jnp.zeros((R, J, Q * G), jnp.float32),
-        jnp.zeros((R, J, Q * G, K), jnp.float32),
-    )
+    peak, total = jnp.full((R, J, Q * G), NEG_INF, jnp.float32), jnp.zeros((R, J, Q * G), jnp.float32)
+    if sinks is not None:  # the first key that is seen
+        peak = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(J, 1, G), (R, J, Q, G)).reshape(R, J, Q * G)
+        total = jnp.ones_like(total)
+    carry = peak, total, jnp.zeros((R, J, Q * G, K), jnp.float32)
     _, total, acc = jax.lax.fori_loop(first // chunk, positions.max() // chunk + 1, step, carry)
     out = acc / jnp.maximum(total, 1e-30)[..., None]
     return out.reshape(R, J, Q, G, K).transpose(0, 2, 1, 3, 4).reshape(R, Q, H, K)

@@ -1,7 +1,7 @@
 """Granite 4 (IBM, 2025): mostly Mamba 2, some attention without rotation, and a mixture of experts, or none.
 
 Dims: T packed tokens, V vocabulary, D width, F width of the shared feed-forward, L layers, H query heads, J key-value
-heads, K head dim.
+heads, K head dim, E experts (0 for a model without), W width of an expert.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from jaxtyping import Array, Float, Int
 from tenfold.kernels.attention import Attend, AttentionSpec, Heads
 from tenfold.kernels.norm import rms_norm
 from tenfold.kernels.recurrence import RecurrenceSpec
-from tenfold.nn import attention, hf_config, rope
+from tenfold.nn import attention, hf_config, moe, rope
 from tenfold.nn.attention import attention_params
 from tenfold.nn.cache import CacheSpec, KeyValueSpec
 from tenfold.nn.embedding import embed, embedding_params, unembed
 from tenfold.nn.hf_config import HFConfig
 from tenfold.nn.layers import rotate
 from tenfold.nn.mamba import MambaSizes, mamba, mamba_params
-from tenfold.nn.mlp import gated_mlp
+from tenfold.nn.moe import Router
 from tenfold.nn.param import Param, Tree, param
 from tenfold.nn.rope import Rope
 from tenfold.nn.stack import run_layers
@@ -49,6 +49,9 @@ class Config:
     max_len: int
     recurrent: tuple[bool, ...]
     mamba: MambaSizes
+    E: int
+    W: int
+    router: Router
     scale: float
     by_embedding: float
     by_residual: float
@@ -61,7 +64,7 @@ class Config:
     @classmethod
     def from_hf(cls, hf: HFConfig) -> "Config":
         """Reads `config.json`. Raises ConfigError or UnsupportedModelError, naming the key."""
-        hf_config.refuse({"num_local_experts": 8, **hf}, num_local_experts=0)
+        experts = hf.get("num_local_experts", 8)
         D, layers = hf_config.require(hf, "hidden_size"), hf_config.require(hf, "num_hidden_layers")
         types = hf_config.read_hybrid_types(hf, layers) or ("linear_attention",) * layers
         return cls(
@@ -76,6 +79,9 @@ class Config:
             max_len=hf_config.require(hf, "max_position_embeddings"),
             recurrent=tuple(kind == "linear_attention" for kind in types),
             mamba=_read_mamba(hf, D),
+            E=experts,
+            W=hf_config.require(hf, "intermediate_size"),
+            router=Router(top_k=hf_config.read_top_k(hf, experts, default=2) if experts else 0),
             scale=float(hf.get("attention_multiplier", 1.0)),
             by_embedding=float(hf.get("embedding_multiplier", 1.0)),
             by_residual=float(hf.get("residual_multiplier", 1.0)),
@@ -125,21 +131,38 @@ def params(c: Config) -> Tree:
     }
 
 
-def _layer(c: Config, at: str, recurrent: bool) -> dict[str, Param]:
+def _layer(c: Config, at: str, recurrent: bool) -> Tree:
     attn = {"qkv_bias": c.attention_bias, "o_bias": c.attention_bias}
     mixer = (
         mamba_params(f"{at}.mamba", c.mamba)
         if recurrent
         else attention_params(f"{at}.self_attn", c.D, c.H, c.J, c.K, **attn)
     )
-    hf = f"{at}.shared_mlp.input_linear.weight"
+    shared = _shared(c, f"{at}.shared_mlp")
     return {
         "mixer_norm": param((c.D,), "embed", f"{at}.input_layernorm.weight", init="ones"),
         **mixer,
         "mlp_norm": param((c.D,), "embed", f"{at}.post_attention_layernorm.weight", init="ones"),
+        **({**_experts(c, f"{at}.block_sparse_moe"), "shared": shared} if c.E else shared),
+    }
+
+
+def _shared(c: Config, at: str) -> dict[str, Param]:
+    hf = f"{at}.input_linear.weight"
+    return {
         "gate": param((c.D, c.F), "embed mlp", hf, "F D -> D F", rows=(0, c.F), inputs="embed"),
         "up": param((c.D, c.F), "embed mlp", hf, "F D -> D F", rows=(c.F, 2 * c.F), inputs="embed"),
-        "down": param((c.F, c.D), "mlp embed", f"{at}.shared_mlp.output_linear.weight", "D F -> F D", inputs="mlp"),
+        "down": param((c.F, c.D), "mlp embed", f"{at}.output_linear.weight", "D F -> F D", inputs="mlp"),
+    }
+
+
+def _experts(c: Config, at: str) -> dict[str, Param]:
+    both, down = f"{at}.input_linear.weight", f"{at}.output_linear.weight"
+    layout = "E (two F) D -> E D two F"
+    return {
+        **moe.router_params(f"{at}.router.layer", c.D, c.E),
+        "gate_up": param((c.E, c.D, 2, c.W), "experts embed gates mlp", both, layout, inputs="embed"),
+        "down": param((c.E, c.W, c.D), "experts mlp embed", down, "E D F -> E F D", inputs="mlp"),
     }
 
 
@@ -168,7 +191,7 @@ def forward(
         else:
             o, cache = attended(h, w, kind, cache)
         x = x + o * c.by_residual
-        return x + gated_mlp(rms_norm(x, w["mlp_norm"], c.eps), w, c.act) * c.by_residual, cache
+        return x + moe.feed_forward(rms_norm(x, w["mlp_norm"], c.eps), w, c.router, c.act) * c.by_residual, cache
 
     x = embed(p["embed"], tokens, p["norm"].dtype) * c.by_embedding
     x, caches = run_layers(block, p["layers"], kinds(c), x, caches)

@@ -47,7 +47,6 @@ class Config:
     mamba: MambaSizes
     eps: float = 1e-5
     act: str = "relu2"
-    attention_bias: bool = False
     mlp_bias: bool = False
     tied: bool = False
 
@@ -58,7 +57,7 @@ class Config:
     @classmethod
     def from_hf(cls, hf: HFConfig) -> "Config":
         """Reads `config.json`. Raises ConfigError or UnsupportedModelError, naming the key."""
-        hf_config.refuse(hf, sliding_window=None)
+        hf_config.refuse(hf, sliding_window=None, attention_bias=False, residual_in_fp32=False)
         D = hf_config.require(hf, "hidden_size")
         return cls(
             V=hf_config.require(hf, "vocab_size"),
@@ -72,7 +71,6 @@ class Config:
             mamba=_read_mamba(hf, D),
             eps=float(hf.get("layer_norm_epsilon", 1e-5)),
             act=hf_config.read_activation(hf, "mlp_hidden_act", default="relu2"),
-            attention_bias=bool(hf.get("attention_bias", False)),
             mlp_bias=bool(hf.get("mlp_bias", False)),
             tied=bool(hf.get("tie_word_embeddings", False)),
         )
@@ -143,8 +141,7 @@ def _layer(c: Config, at: str, kind: str) -> dict[str, Param]:
     if kind == "linear_attention":
         return norm | mamba_params(f"{at}.mixer", c.mamba)
     if kind == "full_attention":
-        bias = c.attention_bias
-        return norm | attention_params(f"{at}.mixer", c.D, c.H, c.J, c.K, qkv_bias=bias, o_bias=bias)
+        return norm | attention_params(f"{at}.mixer", c.D, c.H, c.J, c.K)
     declared = {
         "up": param((c.D, c.F), "embed mlp", f"{at}.mixer.up_proj.weight", "F D -> D F", inputs="embed"),
         "down": param((c.F, c.D), "mlp embed", f"{at}.mixer.down_proj.weight", "D F -> F D", inputs="mlp"),

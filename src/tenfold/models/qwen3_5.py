@@ -1,7 +1,7 @@
-"""Qwen 3.5, dense, text (Qwen Team, 2026): three layers of Gated DeltaNet to one of attention, whose output is gated.
+"""Qwen 3.5, text (Qwen Team, 2026): three layers of Gated DeltaNet to one of attention, whose output is gated.
 
 Dims: T packed tokens, V vocabulary, D width, F feed-forward width, L layers; of attention H query heads, J key-value
-heads, K head dim.
+heads, K head dim, E experts (0 for a dense model), W width of an expert, S of the shared one.
 
 Checkpoints have a vision tower too, which is not read; text alone has one position for all three of its rotations, so
 that they are one.
@@ -18,14 +18,15 @@ from jaxtyping import Array, Float, Int
 from tenfold.kernels.attention import Attend, AttentionSpec, Heads
 from tenfold.kernels.norm import rms_norm
 from tenfold.kernels.recurrence import RecurrenceSpec
-from tenfold.nn import attention, hf_config, rope
+from tenfold.nn import attention, hf_config, moe, rope
 from tenfold.nn.attention import attention_params, head_norm_params
 from tenfold.nn.cache import CacheSpec, KeyValueSpec
 from tenfold.nn.delta_net import DeltaNetSizes, Projected, delta_net, delta_net_params
 from tenfold.nn.embedding import embed, embedding_params, unembed
 from tenfold.nn.hf_config import HFConfig
 from tenfold.nn.layers import project_all, rotate
-from tenfold.nn.mlp import gated_mlp, mlp_params
+from tenfold.nn.mlp import mlp_params
+from tenfold.nn.moe import Router
 from tenfold.nn.param import Param, Tree, param
 from tenfold.nn.rope import Rope
 from tenfold.nn.stack import run_layers
@@ -47,6 +48,10 @@ class Config:
     recurrent: tuple[bool, ...]
     delta: DeltaNetSizes
     prefix: str
+    E: int
+    W: int
+    S: int
+    router: Router
     eps: float = 1e-6
     act: str = "silu"
     attention_bias: bool = False
@@ -57,7 +62,9 @@ class Config:
         """Reads `config.json`. Raises ConfigError or UnsupportedModelError, naming the key."""
         prefix = "model.language_model" if "text_config" in hf else "model"
         hf = {"head_dim": 256, "partial_rotary_factor": 0.25, **hf, **hf.get("text_config", {})}
+        hf_config.refuse(hf, attn_output_gate=True)
         layers = hf_config.require(hf, "num_hidden_layers")
+        experts = hf.get("num_experts", 256) if "moe" in str(hf.get("model_type")) else 0
         every = hf.get("full_attention_interval", 4)
         types = hf_config.read_hybrid_types(hf, layers)
         if types is None:
@@ -65,7 +72,7 @@ class Config:
         return cls(
             V=hf_config.require(hf, "vocab_size"),
             D=hf_config.require(hf, "hidden_size"),
-            F=hf_config.require(hf, "intermediate_size"),
+            F=0 if experts else hf_config.require(hf, "intermediate_size"),
             L=layers,
             H=hf_config.require(hf, "num_attention_heads"),
             J=hf_config.kv_heads(hf),
@@ -75,6 +82,10 @@ class Config:
             recurrent=tuple(kind == "linear_attention" for kind in types),
             delta=DeltaNetSizes.from_hf(hf),
             prefix=prefix,
+            E=experts,
+            W=hf.get("moe_intermediate_size", 512),
+            S=hf.get("shared_expert_intermediate_size", 512),
+            router=Router(top_k=hf_config.read_top_k(hf, experts, default=8) if experts else 0),
             eps=float(hf.get("rms_norm_eps", 1e-6)),
             act=hf_config.read_activation(hf),
             attention_bias=bool(hf.get("attention_bias", False)),
@@ -101,13 +112,30 @@ def params(c: Config) -> Tree:
     }
 
 
-def _layer(c: Config, at: str, recurrent: bool) -> dict[str, Param]:
+def _layer(c: Config, at: str, recurrent: bool) -> Tree:
     return {
         "mixer_norm": param((c.D,), "embed", f"{at}.input_layernorm.weight", init="zeros"),
         **(_recurrent(c, f"{at}.linear_attn") if recurrent else _attention(c, f"{at}.self_attn")),
         "mlp_norm": param((c.D,), "embed", f"{at}.post_attention_layernorm.weight", init="zeros"),
-        **mlp_params(f"{at}.mlp", c.D, c.F),
+        **(_experts(c, f"{at}.mlp") if c.E else mlp_params(f"{at}.mlp", c.D, c.F)),
     }
+
+
+def _experts(c: Config, at: str) -> Tree:
+    gate_up, down = f"{at}.experts.gate_up_proj", f"{at}.experts.down_proj"
+    layout = "E (two F) D -> E D two F"
+    return {
+        **moe.router_params(f"{at}.gate", c.D, c.E),
+        "gate_up": param((c.E, c.D, 2, c.W), "experts embed gates mlp", gate_up, layout, inputs="embed"),
+        "down": param((c.E, c.W, c.D), "experts mlp embed", down, "E D F -> E F D", inputs="mlp"),
+        "shared": mlp_params(f"{at}.shared_expert", c.D, c.S),
+        "shared_gate": moe.shared_gate_param(f"{at}.shared_expert_gate", c.D),
+    }
+
+
+def skipped(c: Config) -> tuple[str, ...]:
+    """The vision tower, and a layer beside the others, which predicts tokens further ahead."""
+    return ("model.visual.*", "mtp.*")
 
 
 def _attention(c: Config, at: str) -> dict[str, Param]:
@@ -160,7 +188,7 @@ def forward(
         h = norm(x, w["mixer_norm"])
         o, cache = recurred(h, w, cache) if isinstance(kind, RecurrenceSpec) else attended(h, w, kind, cache)
         x = x + o
-        return x + gated_mlp(norm(x, w["mlp_norm"]), w, c.act), cache
+        return x + moe.feed_forward(norm(x, w["mlp_norm"]), w, c.router, c.act), cache
 
     x, caches = run_layers(block, p["layers"], kinds(c), embed(p["embed"], tokens, p["norm"].dtype), caches)
     return norm(x, p["norm"]), caches

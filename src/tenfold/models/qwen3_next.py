@@ -1,7 +1,7 @@
 """Qwen 3 Next (Qwen Team, 2025): three layers of Gated DeltaNet to one of attention, whose output is gated.
 
 Dims: T packed tokens, V vocabulary, D width, F feed-forward width, L layers; of attention H query heads, J key-value
-heads, K head dim.
+heads, K head dim, E experts, W width of an expert, S of the shared one.
 """
 
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tenfold.base.errors import UnsupportedModelError
 from tenfold.kernels.attention import Attend, AttentionSpec, Heads
 from tenfold.kernels.norm import rms_norm
 from tenfold.kernels.recurrence import RecurrenceSpec
-from tenfold.nn import attention, hf_config, rope
+from tenfold.nn import attention, hf_config, moe, rope
 from tenfold.nn.attention import attention_params, head_norm_params
 from tenfold.nn.cache import CacheSpec, KeyValueSpec
 from tenfold.nn.delta_net import DeltaNetSizes, Projected, delta_net, delta_net_params
 from tenfold.nn.embedding import embed, embedding_params, unembed
 from tenfold.nn.hf_config import HFConfig
 from tenfold.nn.layers import project, rotate
-from tenfold.nn.mlp import gated_mlp, mlp_params
+from tenfold.nn.mlp import mlp_params
+from tenfold.nn.moe import Router
 from tenfold.nn.param import Param, Tree, param
 from tenfold.nn.rope import Rope
 from tenfold.nn.stack import run_layers
@@ -44,6 +44,11 @@ class Config:
     max_len: int
     recurrent: tuple[bool, ...]
     delta: DeltaNetSizes
+    E: int
+    W: int
+    S: int
+    router: Router
+    mixtures: tuple[bool, ...]
     eps: float = 1e-6
     act: str = "silu"
     attention_bias: bool = False
@@ -55,10 +60,7 @@ class Config:
         hf = {"head_dim": 256, "partial_rotary_factor": 0.25, **hf}
         layers = hf_config.require(hf, "num_hidden_layers")
         step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
-        if hf.get("num_experts", 512) and any(i not in dense and (i + 1) % step == 0 for i in range(layers)):
-            raise UnsupportedModelError(
-                "config.json asks for experts (num_experts), which are not implemented for qwen3_next"
-            )
+        experts = hf.get("num_experts", 512)
         every = hf.get("full_attention_interval", 4)
         types = hf_config.read_hybrid_types(hf, layers)
         if types is None:
@@ -75,6 +77,14 @@ class Config:
             max_len=hf_config.require(hf, "max_position_embeddings"),
             recurrent=tuple(kind == "linear_attention" for kind in types),
             delta=DeltaNetSizes.from_hf(hf),
+            E=experts,
+            W=hf.get("moe_intermediate_size", 512),
+            S=hf.get("shared_expert_intermediate_size", 512),
+            router=Router(
+                top_k=hf_config.read_top_k(hf, experts, default=10) if experts else 0,
+                renormalize=bool(hf.get("norm_topk_prob", True)),
+            ),
+            mixtures=tuple(experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(layers)),
             eps=float(hf.get("rms_norm_eps", 1e-6)),
             act=hf_config.read_activation(hf),
             attention_bias=bool(hf.get("attention_bias", False)),
@@ -96,18 +106,32 @@ def params(c: Config) -> Tree:
     """The declaration of every weight, unstacked."""
     return {
         **embedding_params(c.V, c.D, tied=c.tied),
-        "layers": [_layer(c, f"model.layers.{i}", recurrent) for i, recurrent in enumerate(c.recurrent)],
+        "layers": [_layer(c, f"model.layers.{i}", c.recurrent[i], c.mixtures[i]) for i in range(c.L)],
         "norm": param((c.D,), "embed", "model.norm.weight", init="zeros"),
     }
 
 
-def _layer(c: Config, at: str, recurrent: bool) -> dict[str, Param]:
+def _layer(c: Config, at: str, recurrent: bool, mixture: bool) -> Tree:
     return {
         "mixer_norm": param((c.D,), "embed", f"{at}.input_layernorm.weight", init="zeros"),
         **(_recurrent(c, f"{at}.linear_attn") if recurrent else _attention(c, f"{at}.self_attn")),
         "mlp_norm": param((c.D,), "embed", f"{at}.post_attention_layernorm.weight", init="zeros"),
-        **mlp_params(f"{at}.mlp", c.D, c.F),
+        **(_experts(c, f"{at}.mlp") if mixture else mlp_params(f"{at}.mlp", c.D, c.F)),
     }
+
+
+def _experts(c: Config, at: str) -> Tree:
+    return {
+        **moe.router_params(f"{at}.gate", c.D, c.E),
+        **moe.expert_params(f"{at}.experts", c.D, c.W, c.E),
+        "shared": mlp_params(f"{at}.shared_expert", c.D, c.S),
+        "shared_gate": moe.shared_gate_param(f"{at}.shared_expert_gate", c.D),
+    }
+
+
+def skipped(c: Config) -> tuple[str, ...]:
+    """A layer beside the others, which predicts tokens further ahead."""
+    return ("mtp.*",)
 
 
 def _attention(c: Config, at: str) -> dict[str, Param]:
@@ -167,7 +191,7 @@ def forward(
         h = norm(x, w["mixer_norm"])
         o, cache = recurred(h, w, cache) if isinstance(kind, RecurrenceSpec) else attended(h, w, kind, cache)
         x = x + o
-        return x + gated_mlp(norm(x, w["mlp_norm"]), w, c.act), cache
+        return x + moe.feed_forward(norm(x, w["mlp_norm"]), w, c.router, c.act), cache
 
     x, caches = run_layers(block, p["layers"], kinds(c), embed(p["embed"], tokens, p["norm"].dtype), caches)
     return norm(x, p["norm"]), caches

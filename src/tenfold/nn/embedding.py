@@ -15,9 +15,9 @@ from tenfold.kernels.matmul import Weight, lookup, matmul
 from tenfold.nn.param import Param, param
 
 
-def embedding_params(V: int, D: int, *, tied: bool, prefix: str = "model") -> dict[str, Param]:
+def embedding_params(V: int, D: int, *, tied: bool, prefix: str = "model", head: str = "lm_head") -> dict[str, Param]:
     """Declares the embedding and, unless it is tied to it, the head that gives logits; `prefix` of the former."""
-    name, head = f"{prefix}.embed_tokens.weight", "lm_head.weight"
+    name, head = f"{prefix}.embed_tokens.weight", f"{head}.weight"
     if tied:
         return {"embed": param((V, D), "vocab embed", name, aliases=(head,), inputs="embed")}
     return {

@@ -34,6 +34,23 @@ def kv_heads(hf: HFConfig) -> int:
     return shared
 
 
+def read_num_experts(hf: HFConfig, *keys: str, default: int) -> int:
+    """How many experts a mixture has, by the first of `keys` that is set. Raises ConfigError for none."""
+    key = next((key for key in keys if hf.get(key) is not None), keys[0])
+    experts = int(default if hf.get(key) is None else hf[key])
+    if experts < 1:
+        raise ConfigError(f"config.json has {key}={experts}; a mixture needs experts")
+    return experts
+
+
+def read_top_k(hf: HFConfig, experts: int, *, default: int) -> int:
+    """How many experts a token chooses. Raises ConfigError for more than there are, or none."""
+    top_k = int(default if hf.get("num_experts_per_tok") is None else hf["num_experts_per_tok"])
+    if not 0 < top_k <= experts:
+        raise ConfigError(f"config.json has num_experts_per_tok={top_k} of {experts} experts")
+    return top_k
+
+
 def refuse(hf: HFConfig, **only: Any) -> None:
     """Raises UnsupportedModelError if a key has any value but the given one, null, or none at all.
 

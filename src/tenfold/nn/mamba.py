@@ -49,7 +49,7 @@ class MambaSizes:
     in_bias: bool = False
     out_bias: bool = False
     dt_limits: tuple[float, float] = (0.0, math.inf)
-    scales: tuple[float, float, float, float, float] | None = None
+    scales: tuple[float, ...] | None = None
 
     @property
     def caches(self) -> tuple[InputsSpec, StateSpec]:

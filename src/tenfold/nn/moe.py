@@ -176,7 +176,7 @@ def _best_groups(scores: Float32[Array, "T E"], router: Router) -> Float32[Array
     grouped = scores.reshape(T, router.groups, -1)
     best, _ = jax.lax.top_k(grouped, 1 if router.group_score == "max" else 2)
     _, kept = jax.lax.top_k(best.sum(-1), router.top_groups)
-    chosen = (kept[:, :, None] == jnp.arange(router.groups)).any(1)
+    chosen = (kept[:, :, None] == jnp.arange(router.groups)[None, None]).any(1)
     return jnp.where(chosen[:, :, None], grouped, -jnp.inf).reshape(T, E)
 
 

@@ -42,7 +42,7 @@ def packed_attend(segments: Int[Array, "R L"]) -> Attend:
         if heads.k is not None and heads.v is not None:
             cache = heads.k, heads.v
         q, k, v = (x.reshape(R, L, *x.shape[1:]) for x in (heads.q, *cache))
-        o = packed_attention(q, k, v, segments, spec)
+        o = packed_attention(q, k, v, segments, spec, heads.sinks)
         return o.reshape(R * L, *o.shape[2:]), cache
 
     return attend

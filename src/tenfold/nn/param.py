@@ -72,9 +72,9 @@ class Param:
     def __post_init__(self) -> None:
         if len(self.axes.split()) != len(self.shape):
             raise ValueError(f"{self.sources[0].name}: axes {self.axes!r} do not name the dims {self.shape}")
-        if len(self.sources) != math.prod(self.stack_shape):
-            found, wanted = len(self.sources), self.stack_shape
-            raise ValueError(f"{self.sources[0].name}: {found} sources for the stacked dims {wanted} of {self.shape}")
+        if len(self.sources) != math.prod(self.stack_shape) or (self.stacked and not self.stack_dims):
+            found, dims = f"{len(self.sources)} sources for the shape {self.shape}", self.stack_dims
+            raise ValueError(f"{self.sources[0].name}: {found}, of which {dims} dims are stacked")
         for source in self.sources:
             if source.layout is not None:
                 check_layout(source.layout, self.source_shape)

@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Float32
 from tenfold.base.errors import ConfigError
 from tenfold.base.files import TOKENIZER_FILES, matches
 from tenfold.data.tokenizer import Tokenizer
-from tenfold.kernels.attention import Attend, AttentionSpec, Heads, packed_attention
+from tenfold.kernels.attention import Attend, AttentionSpec, packed_attention
 from tenfold.kernels.matmul import ObservedWeight, QuantizedWeight, reference
 from tenfold.models.family import Model, resolve
 from tenfold.nn import checkpoint
+from tenfold.nn.packed import packed_attend
 from tenfold.nn.param import Param, Tree, is_param
 from tenfold.nn.quantization import Scheme, find_scheme, quantize_param
 from tenfold.train.calibration import draw_rows
@@ -155,8 +156,12 @@ def _attend_by_row(rows: Rows) -> Attend:
     """Attention within the segments of packed rows, some rows at a time: the scores of all would fill the memory."""
     N, L = rows.tokens.shape
     segments = jnp.asarray(rows.segment_ids)
+    mix = jax.jit(packed_attend(segments), static_argnums=2)
 
-    def attend(heads: Heads, cache: Any, spec: AttentionSpec) -> tuple[jax.Array, Any]:
+    def attend(heads: Any, cache: Any, spec: Any) -> tuple[jax.Array, Any]:
+        if not isinstance(spec, AttentionSpec):
+            with jax.disable_jit(False):
+                return mix(heads, cache, spec)
         if heads.k is not None and heads.v is not None:
             cache = heads.k, heads.v
         q, k, v = (x.reshape(N, L, *x.shape[1:]) for x in (heads.q, *cache))
