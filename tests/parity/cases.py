@@ -649,7 +649,6 @@ CASES = (
             ffn_dim=68,
             word_embed_proj_dim=20,
             do_layer_norm_before=False,
-            tie_word_embeddings=True,
             activation_function="gelu",
         ),
     ),
@@ -1273,6 +1272,7 @@ EMBEDDINGS = (
     "wte.weight",
     "wpe.weight",
 )
+UNSCALED = ("gemma3n_text", "gemma4_text", "gemma4")  # scores are as large as norms make them
 # 1 is added to the scales of their norms.
 ZERO_CENTERED = (
     *("gemma2", "gemma3", "gemma3_text", "qwen3_next"),
@@ -1293,6 +1293,10 @@ def make_weight(name: str, shape: tuple[int, ...], config: Mapping[str, Any], se
         center, scale = RECURRENT_WEIGHTS[of_recurrence]
     elif name in LAST_NORMS:
         scale = 3.5
+    elif name.endswith("q_norm.weight") and config["model_type"] in UNSCALED:
+        center, scale = 0.3, 0.1
+    elif name.endswith("layer_scalar"):
+        center = 0.8
     elif name.endswith(".sinks"):
         scale = 2.0
     elif name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight")):
