@@ -191,7 +191,7 @@ def test_layers_that_share_a_cache_have_none() -> None:
     sizes |= {"layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL, SLIDING, FULL]}
     for architecture in ("Gemma3nForCausalLM", "Gemma4ForCausalLM"):
         model = resolve(config(architecture, **sizes))
-        assert [spec is None for spec in model.cache_specs()] == [False] * 5 + [True] * 2
+        assert [spec == () for spec in model.cache_specs()] == [False] * 5 + [True] * 2
         assert any("layers.6.self_attn.[kv]_proj" in pattern for pattern in model.skipped())
     with pytest.raises(ConfigError, match="num_kv_shared_layers=6"):
         resolve(config("Gemma3nForCausalLM", **sizes | {"num_kv_shared_layers": 6}))
