@@ -827,7 +827,7 @@ CASES = (
         config=_v4(
             *QWEN3_NEXT,
             **DELTA_NET | {"linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 3},
-            num_hidden_layers=5,
+            num_hidden_layers=3,
             full_attention_interval=2,
             head_dim=12,
             attention_bias=True,

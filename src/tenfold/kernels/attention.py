@@ -90,13 +90,21 @@ def packed_attention(
     J = k.shape[2]
     scores = jnp.einsum("rqjgk,rsjk->rjgqs", q.reshape(R, L, J, H // J, K), k, preferred_element_type=jnp.float32)
     scores = soft_cap(scores * spec.scale, spec.softcap)
-    positions = jnp.arange(L)
-    mask = scores_mask(positions[:, None], positions[None, :], spec.reach)
-    mask = mask[None] & (segments[:, :, None] == segments[:, None, :])
+    positions = jnp.arange(L)[None]
+    if spec.chunk is not None:  # chunks are counted from where a segment starts
+        positions = positions - _starts(segments)
+    mask = scores_mask(positions[:, :, None], positions[:, None, :], spec.reach)
+    mask = mask & (segments[:, :, None] == segments[:, None, :])
     scores = jnp.where(mask[:, None, None], scores, NEG_INF)
     weights = softmax(scores, None if sinks is None else sinks.reshape(1, J, H // J, 1))
     out = jnp.einsum("rjgqs,rsjk->rqjgk", weights.astype(v.dtype), v)
     return out.reshape(R, L, H, K)
+
+
+def _starts(segments: Int[Array, "R L"]) -> Int[Array, "R L"]:
+    """Where in its row the segment of each token starts."""
+    fresh = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(fresh, jnp.arange(segments.shape[1])[None], 0), axis=1)
 
 
 def softmax(scores: Float[Array, "*B S"], sinks: Float[Array, "*b"] | None) -> Float[Array, "*B S"]:

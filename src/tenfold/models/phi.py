@@ -116,4 +116,4 @@ def forward(
 
 def logits(p: Tree, c: Config, x: Float[Array, "S D"]) -> Float[Array, "S V"]:
     """Float32 logits of hidden states."""
-    return unembed(p, x) + p["head_bias"].astype(jnp.float32)
+    return unembed(p, x) + p["head_bias"].astype(jnp.float32)[None]

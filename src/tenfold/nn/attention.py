@@ -71,8 +71,8 @@ def flat_norm_params(at: str, H: int, J: int, K: int) -> dict[str, Param]:
 
 def qkv(
     x: Float[Array, "T D"], p: Mapping[str, Any]
-) -> tuple[Float[Array, "T H K"], Float[Array, "T J K"], Float[Array, "T J K"]]:
-    """Queries, keys and values of the tokens."""
+) -> tuple[Float[Array, "T H Q"], Float[Array, "T J K"], Float[Array, "T J K"]]:
+    """Queries, keys and values of the tokens; queries are wider than keys where a gate comes with them."""
     q, k, v = project_all(x, *((p[name], p.get(f"{name}_bias")) for name in "qkv"))
     return q, k, v
 
