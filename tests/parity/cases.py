@@ -1294,7 +1294,7 @@ def make_weight(name: str, shape: tuple[int, ...], config: Mapping[str, Any], se
     elif name in LAST_NORMS:
         scale = 3.5
     elif name.endswith("q_norm.weight") and config["model_type"] in UNSCALED:
-        center, scale = 0.3, 0.1
+        center, scale = 0.2, 0.1
     elif name.endswith("layer_scalar"):
         center = 0.8
     elif name.endswith(".sinks"):
@@ -1310,6 +1310,8 @@ def make_weight(name: str, shape: tuple[int, ...], config: Mapping[str, Any], se
             scale = 0.7
         elif any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "c_attn")):
             scale = 1.3  # attention that chooses
+        elif "project_out" in name:
+            scale = 3.5  # as the last norm, which may be missing
         # Of inputs: of rows where a tensor holds all experts, [E, D, N], as of columns elsewhere, but for GPT-2.
         scale /= math.sqrt(shape[0 if config["model_type"] == "gpt2" and name != "lm_head.weight" else 1])
     return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale) + np.float32(center)
