@@ -113,8 +113,8 @@ def test_stacked_and_sharded_weights_are_numbers(tmp_path: Path) -> None:
     stacked = [(p, leaf) for p, leaf in zip(params, loaded, strict=True) if p.stacked and p.inputs]
     assert len(stacked) == 7
     for p, leaf in stacked:
-        for source, layer in zip(p.sources, leaf, strict=True):
-            np.testing.assert_array_equal(p.as_matrix(layer), wanted[source.name].T)
+        for source, layer in zip(p.sources, p.as_matrix(leaf), strict=True):
+            np.testing.assert_array_equal(layer, wanted[source.name].T)
     mesh = make_mesh({"tensor": 2})
     split = checkpoint.load(tmp_path, PICO, jnp.float32, shardings=shardings(PICO, mesh))
     for found, array in zip(matrices(PICO, split), expected(PICO, wanted), strict=True):

@@ -956,7 +956,6 @@ CASES = (
             use_bias=True,
             use_conv_bias=False,
             mlp_bias=True,
-            attention_bias=True,
             layer_norm_epsilon=1e-3,
         ),
     ),

@@ -127,7 +127,7 @@ class Param:
         return "experts" in [self.axes.split()[i] for i in self._matrix[2]]
 
     def as_matrix(self, array: jax.Array) -> jax.Array:
-        """An unstacked weight as [inputs, outputs], with a leading dim of experts if it is a weight of each."""
+        """A weight as [inputs, outputs], with leading dims of stacked layers and of experts where it has them."""
         batch, inputs, outputs = self._matrix
         return array.transpose(*batch, *inputs, *outputs).reshape(*array.shape[: len(batch)], self.input_size, -1)
 
