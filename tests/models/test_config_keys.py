@@ -82,7 +82,6 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": {"text_config": SIZES},
     "gemma3n_text": OWN_INPUTS | {"tie_word_embeddings": True},
     "gemma4_text": OWN_INPUTS,
-    "gemma4": {"text_config": SIZES | OWN_INPUTS},
 }
 SLIDING = {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
@@ -308,6 +307,7 @@ OWN: dict[str, dict[str, Any]] = OWN_SIZES | {  # what a family's sizes need bes
 }
 WRAPPERS = [  # whose text part is a family that has keys here
     "Gemma3nForConditionalGeneration",
+    "Gemma4ForConditionalGeneration",
     "Llama4ForConditionalGeneration",
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForCausalLM",
@@ -348,7 +348,7 @@ def having(key: str) -> list[str]:
     return [model_type for model_type in sorted(KEYS) if key in KEYS[model_type]]
 
 
-@pytest.mark.parametrize("model_type", [each for each in sorted(KEYS) if each not in ("gemma4", "gemma4_text")])
+@pytest.mark.parametrize("model_type", [each for each in sorted(KEYS) if each != "gemma4_text"])
 @pytest.mark.parametrize(
     ("key", "value"),
     [
