@@ -87,9 +87,10 @@ def run_layers(
 
 def _scan_layers(block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any, sources: Sequence[int | None]) -> Any:
     head, n = len(layers["head"]), len(layers["scan"])
-    repeats = (len(kinds) - head) // n > 1
-    if repeats and any(source is not None and source >= head for source in sources):
-        raise ValueError("layers that read another's cache are of kinds of their own, so that it is of no repetition")
+    repeats = (len(kinds) - head) // n
+    if repeats > 1 and any(source is not None for source in sources[head:]):  # each has a source of its own
+        rest = [jax.tree.map(lambda w, r=r: w[r], layers["scan"][i]) for r in range(repeats) for i in range(n)]
+        return run_layers(block, [*layers["head"], *rest, *layers["tail"]], kinds, x, sources=sources)[0]
 
     def run(i: int, x: Any, params: Tree, updated: dict[int, Any]) -> Any:
         source = sources[i]
