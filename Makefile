@@ -90,7 +90,7 @@ endef
 PIP_INTO = if $(1)/bin/python -m pip --version >/dev/null 2>&1; then $(1)/bin/python -m pip install -q $(2); else $(PYTHON) -m pip --python $(1)/bin/python install -q $(2); fi
 
 define BUILD
-@UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install -q --python $(BIN)/python -e '.[train,cloud]' --group dev \
+@UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -e '.[train,cloud]' --group dev \
   -c constraints.txt --build-constraints constraints.txt --reinstall-package tenfold $(1)
 endef
 

@@ -44,7 +44,7 @@ def step(sequences: list[tuple[Latents, int]]) -> tuple[Latents, jax.Array, Ragg
         total = len(x.q)
         tables[row, : -(-total // B)] = pages[row * N : row * N - (-total // B)]
         positions = np.arange(total, dtype=np.int32)
-        cache = op.write(cache, jax.device_put(x), tables[row, positions // B], positions % B)
+        cache = op.write(cache, *jax.device_put((x, tables[row, positions // B], positions % B)))
         lens[row], starts[row + 1 :] = total, starts[row] + new
         parts.append(Latents(*(part[total - new :] for part in x)))
         expected.append(naive(x)[total - new :])

@@ -39,7 +39,6 @@ class Golden:
     max_len: int
     seed: int
     smallest_gap: float
-    num_parameters: int
     tensors: dict[str, list[int]]
     prompts: list[list[int]]
     tokens: list[list[int]]

@@ -117,7 +117,6 @@ def run_case(case: Case, seed: int) -> dict[str, Any]:
         "max_len": case.max_len,
         "seed": seed,
         "smallest_gap": round(min(gaps), 6),
-        "num_parameters": sum(math.prod(shape) for shape in shapes.values()),
         "tensors": {name: list(shape) for name, shape in shapes.items()},
         "prompts": prompts,
         "tokens": tokens,

@@ -92,7 +92,7 @@ def _tiled(x: jax.Array, group_sizes: jax.Array, weight: GroupedWeight, B: int) 
     starts, ends = jnp.cumsum(group_sizes) - group_sizes, jnp.cumsum((group_sizes + B - 1) // B)
     padded = jnp.pad(x, ((0, B), (0, 0)))
 
-    def multiply(i: jax.Array, out: jax.Array) -> jax.Array:
+    def multiply(i: int | jax.Array, out: jax.Array) -> jax.Array:
         e = jnp.searchsorted(ends, i, side="right")
         skipped = i - (ends[e] - (group_sizes[e] + B - 1) // B)
         row = starts[e] + skipped * B
