@@ -12,7 +12,7 @@ from typing import Any
 from einops import rearrange
 
 
-@functools.cache  # thousands of experts have the same few
+@functools.cache
 def _sides(layout: str) -> tuple[list[list[str]], list[str]]:
     """The groups of the left side and the names of the right side."""
     left, _, right = layout.partition("->")
@@ -20,6 +20,7 @@ def _sides(layout: str) -> tuple[list[list[str]], list[str]]:
     return groups, right.split()
 
 
+@functools.cache  # thousands of experts have the same few
 def check_layout(layout: str, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless the layout's right side names the dims of `shape`, each once, and its left side too."""
     groups, names = _sides(layout)
@@ -28,6 +29,7 @@ def check_layout(layout: str, shape: tuple[int, ...]) -> None:
         raise ValueError(f"the layout {layout!r} is not a bijection onto the dims of {shape}")
 
 
+@functools.cache
 def checkpoint_shape(layout: str | None, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in the checkpoint of a tensor that has `shape` in the model."""
     if layout is None:
