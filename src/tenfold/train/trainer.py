@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tenfold.data.packing import Rows
 from tenfold.models.family import Model
 from tenfold.nn.param import Tree, initialize
 from tenfold.train.loss import next_token_loss
-from tenfold.train.packing import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def train(
     state = tx.init(params)
 
     def step(params: Tree, state: Any, rows: Rows) -> tuple[Tree, Any, jax.Array]:
-        loss, grads = jax.value_and_grad(next_token_loss)(params, model, rows)
+        loss, grads = jax.value_and_grad(lambda params: next_token_loss(params, model, rows).mean)(params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
