@@ -14,6 +14,7 @@ from tenfold.data.packing import Rows
 from tenfold.models.family import Model
 from tenfold.nn.packed import packed_attend
 from tenfold.nn.param import Tree
+from tenfold.nn.stack import PLAIN, Placement, place_layers
 
 
 class LossSum(NamedTuple):
@@ -42,30 +43,41 @@ The batch is a pytree of arrays whose leading dim is rows.
 """
 
 
-def hidden_states(params: Tree, model: Model, rows: Rows) -> Float[Array, "N L D"]:
+def flat_states(
+    params: Tree, model: Model, rows: Rows, placement: Placement = PLAIN
+) -> tuple[Float[Array, "T D"], Any]:
+    """Hidden states of the tokens of packed rows, in the order of the placement's layout (T = N · L).
+
+    Attention is causal and stays within each segment. Of one stage of a pipeline, also returns what it passes on.
+    """
+    layout = placement.layout
+    attend = packed_attend(jnp.asarray(rows.segment_ids), layout)
+    tokens, positions = (layout.flatten(jnp.asarray(x)) for x in (rows.tokens, rows.positions))
+    return model.forward(place_layers(params, placement), tokens, positions, attend)
+
+
+def hidden_states(params: Tree, model: Model, rows: Rows, placement: Placement = PLAIN) -> Float[Array, "N L D"]:
     """Hidden states of packed rows; attention is causal and stays within each segment."""
-    N, L = rows.tokens.shape
-
-    attend = packed_attend(jnp.asarray(rows.segment_ids))
-    tokens, positions = jnp.asarray(rows.tokens), jnp.asarray(rows.positions)
-    hidden, _ = model.forward(params, tokens.reshape(-1), positions.reshape(-1), attend)
-    return hidden.reshape(N, L, -1)
+    hidden, _ = flat_states(params, model, rows, placement)
+    return placement.layout.unflatten(hidden, rows.tokens.shape[0])
 
 
-def next_token_loss(params: Tree, model: Model, rows: Rows) -> LossSum:
+def next_token_loss(params: Tree, model: Model, rows: Rows, placement: Placement = PLAIN) -> LossSum:
     """Weighted cross-entropy, in nats, of each token given those before it in its segment."""
-    hidden = hidden_states(params, model, rows)[:, :-1]
-    logits = model.logits(params, hidden.reshape(-1, hidden.shape[-1]))
-    targets, weights = rows.tokens[:, 1:].reshape(-1), rows.weights[:, 1:].reshape(-1)
+    hidden, _ = flat_states(params, model, rows, placement)
+    logits = model.logits(params, hidden)
+    # The last token of a row is followed by none.
+    following = (jnp.pad(jnp.asarray(x)[:, 1:], ((0, 0), (0, 1))) for x in (rows.tokens, rows.weights))
+    targets, weights = map(placement.layout.flatten, following)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return LossSum((losses * weights).sum(), weights.sum(), {})
 
 
-def full_training(model: Model) -> Loss:
+def full_training(model: Model, placement: Placement = PLAIN) -> Loss:
     """The loss of training every weight of a language model on packed rows: all are trainable, none frozen."""
 
     def loss(trainable: Tree, frozen: Tree, rows: Rows) -> LossSum:
         del frozen
-        return next_token_loss(trainable, model, rows)
+        return next_token_loss(trainable, model, rows, placement)
 
     return loss
