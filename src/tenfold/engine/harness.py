@@ -5,7 +5,7 @@ lm-eval is imported when it is used; it is not among Tenfold's dependencies.
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tenfold.base.errors import ConfigError
 from tenfold.engine.llm import LLM
@@ -15,6 +15,7 @@ from tenfold.engine.sampling_params import SamplingParams
 MAX_NEW_TOKENS = 256  # of a task that names no number
 
 
+@runtime_checkable
 class Instance(Protocol):
     """A request of lm-eval's."""
 
