@@ -279,7 +279,7 @@ class _Run:
 
     def _place(self, batch: Any) -> Any:
         layout = self._job.layout
-        rows, length = jax.tree.leaves(batch)[0].shape[:2]
+        rows, length = (*jax.tree.leaves(batch)[0].shape, 1)[:2]
         layout.check(rows * jax.process_count(), length, self._config.gradient_accumulation_steps)
         if layout.mesh is None:
             return batch
