@@ -307,7 +307,7 @@ class _Run:
 
     def _finish(self, pending: _Pending) -> bool:
         """Reads and reports the numbers of a step. True if it was bad, and the run went back."""
-        metrics = {name: float(value) for name, value in pending.metrics.items()}
+        metrics = {name: float(value) for name, value in jax.device_get(dict(pending.metrics)).items()}
         wrong = self._guard.judge(metrics)
         if wrong is not None:
             self._go_back(pending, wrong)
