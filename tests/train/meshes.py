@@ -16,7 +16,6 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -27,10 +26,12 @@ from tenfold.nn.param import Tree
 from tenfold.nn.stack import Placement
 from tenfold.parallel.layout import Layout
 from tenfold.parallel.mesh import parse_mesh
+from tenfold.parallel.schedule import make_schedule
 from tenfold.parallel.sharding import make_mesh
-from tenfold.train.loss import full_training
+from tenfold.train.loss import full_training, staged_full_training
+from tenfold.train.pipeline import pipelined
 from tenfold.train.state import init_state
-from tenfold.train.step import accumulate, make_step
+from tenfold.train.step import Grad, accumulate, make_step
 
 STEPS, ROWS, LENGTH, VOCAB = 20, 16, 16, 48
 
@@ -61,20 +62,14 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model, and how it is trained; written as its fields' values, separated by spaces, in their order."""
+    """A model, and how it is trained."""
 
     model: str = "llama"
     mesh: str = ""
     micro_batches: int = 1
     remat: Any = "none"
-
-    @classmethod
-    def parse(cls, text: str) -> "Case":
-        model, mesh, micro_batches, remat = text.split(" ")
-        return cls(model=model, mesh=mesh, micro_batches=int(micro_batches), remat=remat)
-
-    def __str__(self) -> str:
-        return f"{self.model} {self.mesh} {self.micro_batches} {self.remat}"
+    schedule: Any = "gpipe"
+    stages: int = 1
 
 
 def make_batches() -> list[Rows]:
@@ -96,16 +91,17 @@ def make_batches() -> list[Rows]:
 
 def train(case: Case) -> dict[str, Any]:
     """The losses of 20 steps, the collectives of the compiled step, and the bytes of weights on each device."""
-    model, shape = resolve(MODELS[case.model]), parse_mesh(case.mesh.replace("-", ""), 8)
+    model, shape = resolve(MODELS[case.model]), parse_mesh(case.mesh, 8)
     mesh = make_mesh(shape)
     layout = Layout(mesh)
     layout.check(ROWS, LENGTH, case.micro_batches)
+    placement = Placement(layout=layout, remat=case.remat)
     tree = model.params(stacked=True)
     placed = params.shardings(tree, mesh)
     weights = jax.device_put(draw(tree), placed)
     optimizer = optax.adamw(1e-2)
     state = init_state(optimizer, weights, placed)
-    step = make_step(make_grad(model, layout, case), optimizer)
+    step = make_step(make_grad(model, placement, case, placed), optimizer)
     batches = [jax.device_put(batch, layout.rows) for batch in make_batches()]
     compiled = jax.jit(step, donate_argnums=0).lower(state, {}, batches[0]).compile()
     losses: list[float] = []
@@ -119,15 +115,21 @@ def train(case: Case) -> dict[str, Any]:
     return {"losses": losses, "hlo": compiled.as_text(), "held": sorted(held.values())}
 
 
-def make_grad(model: Model, layout: Layout, case: Case) -> Any:
-    return accumulate(full_training(model, Placement(layout=layout, remat=case.remat)), case.micro_batches)
+def make_grad(model: Model, placement: Placement, case: Case, shardings: Tree) -> Grad:
+    devices = placement.layout.size("pipeline")
+    if devices == 1:
+        return accumulate(full_training(model, placement), case.micro_batches)
+    schedule = make_schedule(case.schedule, devices, case.micro_batches, case.stages)
+    return pipelined(staged_full_training(model), schedule, placement, shardings)
 
 
 def draw(tree: Tree) -> Tree:
     """Weights from numpy: compiling their initialisation would take longer than training them."""
     rng = np.random.default_rng(1)
     return params.map_params(
-        lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32) if p.init == "normal" else np.ones(p.shape, np.float32),
+        lambda p: (
+            rng.normal(0, 0.2, p.shape).astype(np.float32) if p.init == "normal" else np.ones(p.shape, np.float32)
+        ),
         tree,
     )
 
@@ -135,4 +137,4 @@ def draw(tree: Tree) -> Tree:
 if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "standard")  # optax multiplies floats with integers
     for text in sys.argv[1:]:
-        print(json.dumps(train(Case.parse(text))), flush=True)
+        print(json.dumps(train(Case(**json.loads(text)))), flush=True)
