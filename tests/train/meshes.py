@@ -3,10 +3,9 @@
 It is run as a process of its own, because the number of devices is fixed when jax is first used. What is compiled runs
 for milliseconds, so it is not optimised.
 
-    python -m tests.train.meshes CASE...
+    python -m tests.train.meshes CASE...    each the fields of a `Case` as JSON
 """
 
-import dataclasses
 import json
 import os
 import sys
@@ -32,44 +31,9 @@ from tenfold.train.loss import full_training, staged_full_training
 from tenfold.train.pipeline import pipelined
 from tenfold.train.state import init_state
 from tenfold.train.step import Grad, accumulate, make_step
+from tests.train.cases import MODELS, VOCAB, Case
 
-STEPS, ROWS, LENGTH, VOCAB = 20, 16, 16, 48
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-}
-MODELS = {
-    "llama": LLAMA,
-    "mixtral": LLAMA
-    | {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "num_hidden_layers": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    },
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """A model, and how it is trained."""
-
-    model: str = "llama"
-    mesh: str = ""
-    micro_batches: int = 1
-    remat: Any = "none"
-    schedule: Any = "gpipe"
-    stages: int = 1
+STEPS, ROWS, LENGTH = 20, 16, 16
 
 
 def make_batches() -> list[Rows]:
