@@ -55,7 +55,7 @@ def abstract_state(optimizer: optax.GradientTransformation, trainable: Tree, sha
 def state_shardings(optimizer: optax.GradientTransformation, trainable: Tree, shardings: Tree) -> TrainState:
     """How the state lies on a mesh: what the optimizer keeps of a weight lies like the weight, if shaped like it."""
     first = jax.tree.leaves(shardings)[0]
-    whole = NamedSharding(_mesh(first), PartitionSpec())
+    whole: Any = NamedSharding(_mesh(first), PartitionSpec())
     opt_state = jax.eval_shape(optimizer.init, trainable)
 
     def place(kept: Any, weight: Any, sharding: NamedSharding) -> NamedSharding:

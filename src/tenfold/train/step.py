@@ -78,7 +78,8 @@ def make_step(
         gradients = jax.tree.map(lambda g: g / weight, gradients)
         norm = optax.tree.norm(gradients)
         if clip_norm is not None:
-            gradients = jax.tree.map(lambda g: g * clip_scale(norm, clip_norm), gradients)
+            scale = clip_scale(norm, clip_norm)
+            gradients = jax.tree.map(lambda g: g * scale, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {name: total / weight for name, total in sums.metrics.items()}
