@@ -171,7 +171,7 @@ def _run_placed(
     layers, placement = placed.layers, placed.placement
 
     def run(x: Any, params: Tree, kind: Any, cache: Any) -> tuple[Any, Any]:
-        return block(_constrain(placement.layout, x), params, kind, cache)
+        return block(_constrain(placement.layout, x), params | {"layout": placement.layout}, kind, cache)
 
     kept = _remat(run, placement.remat)
     if not placement.stage:

@@ -81,3 +81,28 @@ def full_training(model: Model, placement: Placement = PLAIN) -> Loss:
         return next_token_loss(trainable, model, rows, placement)
 
     return loss
+
+
+class StagedLoss(NamedTuple):
+    """A loss in the parts that the stages of a pipeline compute; all are given the placement that says which.
+
+    Attributes:
+        pass_on: (trainable, frozen, batch, placement) -> what the stage passes on to the next.
+        sums: likewise, the sums, by the last stage.
+    """
+
+    pass_on: Callable[[Tree, Tree, Any, Placement], Float[Array, "T D"]]
+    sums: Callable[[Tree, Tree, Any, Placement], LossSum]
+
+
+def staged_full_training(model: Model) -> StagedLoss:
+    """What `full_training` computes, for a pipeline."""
+
+    def pass_on(trainable: Tree, frozen: Tree, rows: Rows, placement: Placement) -> Float[Array, "T D"]:
+        del frozen
+        return flat_states(trainable, model, rows, placement)[1][0]
+
+    def sums(trainable: Tree, frozen: Tree, rows: Rows, placement: Placement) -> LossSum:
+        return full_training(model, placement)(trainable, frozen, rows)
+
+    return StagedLoss(pass_on, sums)

@@ -1,0 +1,111 @@
+"""Training on any mesh of eight devices is training on one: the same losses, and no more bytes than the rules say."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tenfold.models.family import resolve
+from tenfold.nn import param as params
+from tenfold.parallel.collectives import collectives
+from tenfold.parallel.mesh import parse_mesh
+from tests.train.cases import MODELS, Case
+
+CHEAP = [
+    Case(mesh="fsdp=2,context=2,tensor=2", micro_batches=2, remat="dots"),
+    Case(mesh="pipeline=2,fsdp=2,tensor=2", micro_batches=4, schedule="1f1b"),
+    Case(model="mixtral", mesh="fsdp=2,expert=2"),
+]
+ALONE = [
+    Case(mesh="data=8"),
+    Case(mesh="fsdp=8"),
+    Case(mesh="tensor=4", remat="offload"),
+    Case(mesh="context=8"),
+    Case(mesh="pipeline=4", micro_batches=8, schedule="1f1b"),
+    Case(model="mixtral", mesh="expert=4"),
+]
+MIXED = [
+    Case(mesh="data=2,fsdp=4", micro_batches=2),
+    Case(mesh="fsdp=4,tensor=2", remat="full"),
+    Case(mesh="data=2,fsdp=2,tensor=2"),
+    Case(mesh="data=2,context=4"),
+    Case(mesh="pipeline=2,data=4", micro_batches=4),
+    Case(mesh="pipeline=2,fsdp=2,tensor=2", micro_batches=4, schedule="interleaved", stages=2),
+    Case(mesh="pipeline=2,data=2,context=2", micro_batches=4, schedule="1f1b"),
+    Case(mesh="pipeline=4,tensor=2", micro_batches=4, remat="full"),
+    Case(model="mixtral", mesh="data=2,expert=2,tensor=2"),
+    Case(model="mixtral", mesh="pipeline=2,fsdp=2,expert=2", micro_batches=4, schedule="1f1b"),
+]
+EXPECTED = {
+    "data": "all-reduce",  # of gradients
+    "fsdp": "all-gather",  # of weights
+    "tensor": "all-reduce",  # of activations
+    "context": "collective-permute",  # of keys and values
+    "pipeline": "collective-permute",  # of activations between stages
+    "expert": "all-gather",  # of tokens
+}
+RULES = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "experts": "expert",
+    "layers": "pipeline",
+}
+
+
+def run(*cases: Case) -> list[dict[str, Any]]:
+    """Trains in a process with eight devices."""
+    texts = [json.dumps(dataclasses.asdict(case)) for case in cases]
+    done = subprocess.run([sys.executable, "-m", "tests.train.meshes", *texts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@cache
+def on_one_device(model: str) -> list[float]:
+    [result] = run(Case(model=model))
+    return result["losses"]
+
+
+@cache
+def cheap_results() -> dict[Case, dict[str, Any]]:
+    """One process for all: importing and starting jax takes as long as a case."""
+    return dict(zip(CHEAP, run(*CHEAP), strict=True))
+
+
+def check(case: Case, result: dict[str, Any]) -> None:
+    assert result["losses"] == pytest.approx(on_one_device(case.model), abs=1e-5)
+    assert result["losses"][-1] < result["losses"][0] - 0.5
+    mesh, tree = parse_mesh(case.mesh), resolve(MODELS[case.model]).params(stacked=True)
+    expected, largest = 0, 0
+    for _, p in params.leaves(tree):
+        ways = [mesh.get(RULES.get(axis, ""), 1) for axis in p.axes.split()]
+        held = [n // w if n % w == 0 else n for n, w in zip(p.shape, ways, strict=True)]
+        expected += 4 * math.prod(held)
+        largest = max(largest, 4 * math.prod(p.shape) // (p.shape[0] if p.stacked else 1))
+    assert set(result["held"]) == {expected}
+    found = collectives(result["hlo"], mesh)
+    for axis in mesh:
+        assert any(c.kind == EXPECTED[axis] and axis in c.axes for c in found), (axis, found)
+    gathered = [c for c in found if c.kind == "all-gather" and c.axes == ("fsdp",)]
+    assert all(c.nbytes <= largest for c in gathered), "something larger than one layer's weight is gathered"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", CHEAP, ids=str)
+def test_losses_are_those_of_one_device(case: Case) -> None:
+    check(case, cheap_results()[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*ALONE, *MIXED], ids=str)
+def test_losses_are_those_of_one_device_on_every_mesh(case: Case) -> None:
+    [result] = run(case)
+    check(case, result)
