@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from tenfold.data.packing import Rows
 from tenfold.models.family import resolve
-from tenfold.train.packing import Rows
 from tenfold.train.plot import plot_loss
 from tenfold.train.trainer import TrainConfig, schedule, train
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32
 
 from tenfold.base.errors import ConfigError
 from tenfold.base.files import TOKENIZER_FILES, matches
+from tenfold.data.packing import Rows
 from tenfold.data.tokenizer import Tokenizer
 from tenfold.kernels.attention import Attend, AttentionSpec, packed_attention
 from tenfold.kernels.matmul import ObservedWeight, QuantizedWeight, reference
@@ -27,7 +28,6 @@ from tenfold.nn.quantization import Scheme, find_scheme, quantize_param
 from tenfold.train.calibration import draw_rows
 from tenfold.train.gptq import gptq
 from tenfold.train.loss import next_token_loss
-from tenfold.train.packing import Rows
 
 ROW_LENGTH = 512
 TOGETHER = 8  # rows whose attention, or loss, is computed at a time
@@ -180,11 +180,8 @@ def _cut(rows: int) -> list[slice]:
 def perplexity(model: Model, params: Tree, rows: Rows) -> float:
     """exp of the mean loss over the tokens of packed rows, with plain or quantised weights."""
     loss = jax.jit(lambda params, rows: next_token_loss(params, model, rows))
-    total = 0.0
-    for at in _cut(len(rows.tokens)):
-        part = Rows(*(array[at] for array in rows))
-        total += float(loss(params, part)) * float(part.weights[:, 1:].sum())
-    return math.exp(total / float(rows.weights[:, 1:].sum()))
+    sums = [loss(params, Rows(*(array[at] for array in rows))) for at in _cut(len(rows.tokens))]
+    return math.exp(sum(float(part.total) for part in sums) / sum(float(part.weight) for part in sums))
 
 
 def quantize_checkpoint(

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from tenfold.data import packing
+from tenfold.data.packing import Rows
 from tenfold.models.family import Model, resolve
 from tenfold.nn import checkpoint
 from tenfold.nn.param import Tree
-from tenfold.train import packing
 from tenfold.train.loss import hidden_states
-from tenfold.train.packing import Rows
 from tenfold.train.pico import conversations, corpus, vocabulary
 from tenfold.train.plot import plot_loss
 from tenfold.train.trainer import TrainConfig, train
