@@ -127,7 +127,9 @@ def draw(tree: Tree) -> Tree:
     """Weights from numpy: compiling their initialisation would take longer than training them."""
     rng = np.random.default_rng(1)
     return params.map_params(
-        lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32) if p.init == "normal" else np.ones(p.shape, np.float32),
+        lambda p: (
+            rng.normal(0, 0.2, p.shape).astype(np.float32) if p.init == "normal" else np.ones(p.shape, np.float32)
+        ),
         tree,
     )
 
