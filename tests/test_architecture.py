@@ -14,6 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "tenfold"
 
 PUBLIC_NAMES = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+TRAINING_FLAGS = (
+    *("--max-steps", "--optim", "--learning-rate", "--lr-scheduler-type", "--warmup-steps", "--decay-steps"),
+    *("--min-lr-ratio", "--weight-decay", "--adam-beta1", "--adam-beta2", "--max-grad-norm"),
+    *("--gradient-accumulation-steps", "--dtype", "--save-steps", "--save-total-limit", "--metric-for-best-model"),
+    *("--checkpoint-dir", "--eval-steps", "--on-bad-step", "--loss-spike", "--report-to", "--profile"),
+)
 FLAGS = {
     "tenfold": {"--version"},
     "tenfold doctor": {"--timeout"},
@@ -35,6 +41,11 @@ FLAGS = {
         *("--enable-prefix-caching", "--no-enable-prefix-caching"),
     },
     "tenfold train": set(),
+    "tenfold train pretrain": {
+        *("--output", "--dataset", "--model", "--from-scratch", "--dataset-weight", "--split", "--validation"),
+        *("--text-column", "--max-length", "--batch-size", "--seed", "--mesh"),
+        *TRAINING_FLAGS,
+    },
     "tenfold train pico": {"--output", "--seed"},
 }
 

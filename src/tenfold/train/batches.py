@@ -36,6 +36,10 @@ class Batches(Protocol):
         """Goes where another one of the same data stood."""
         ...
 
+    def close(self) -> None:
+        """Ends its threads; it is not used any more."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:

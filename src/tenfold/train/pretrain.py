@@ -1,0 +1,169 @@
+"""The recipe of pretraining: next-token prediction on documents, from random weights or from a checkpoint's."""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tenfold.base.errors import ConfigError
+from tenfold.base.storage import fetch
+from tenfold.data.records import open_records
+from tenfold.data.tokenizer import Tokenizer
+from tenfold.models.family import Model, resolve
+from tenfold.nn import checkpoint, param
+from tenfold.nn.param import Tree
+from tenfold.nn.stack import Placement
+from tenfold.parallel.layout import Layout
+from tenfold.parallel.mesh import parse_mesh
+from tenfold.parallel.sharding import make_mesh
+from tenfold.train.batches import Batches, Source, encode_text, packed_batches
+from tenfold.train.evaluation import Perplexity
+from tenfold.train.export import export_model, stored_dtype
+from tenfold.train.flops import flops_per_token
+from tenfold.train.loss import full_training
+from tenfold.train.trainer import Job, TrainConfig, Trained, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Documents to train on.
+
+    Attributes:
+        where: a path or URI, as `open_records` takes it.
+        weight: its share of the tokens, of the sum of all datasets'.
+        split: of a directory that has several.
+    """
+
+    where: str
+    weight: float = 1.0
+    split: str = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One run of pretraining.
+
+    Attributes:
+        model: a directory, a Hugging Face id or a URI of a checkpoint, with a tokenizer.
+        from_scratch: start from random weights; then `model` needs a config.json and a tokenizer only.
+        datasets: mixed by weight.
+        validation: held-out documents, whose perplexity is measured.
+        text_column: of the documents' texts.
+        max_length: tokens of a row.
+        batch_size: rows of a step, over all devices.
+        eval_batches: of as many rows, that perplexity is measured on.
+        seed: of the weights and of the order of the documents.
+        mesh: axes and sizes, such as "data=2,fsdp=4"; "" is one device.
+        training: the run.
+    """
+
+    model: str
+    from_scratch: bool = False
+    datasets: tuple[Dataset, ...]
+    validation: Dataset | None = None
+    text_column: str = "text"
+    max_length: int = 1024
+    batch_size: int = 8
+    eval_batches: int = 16
+    seed: int = 0
+    mesh: str = ""
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
+
+
+CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer*", "*.model", "*.jinja", "vocab.*", "merges.txt")
+"""What a run from random weights needs of a checkpoint."""
+
+
+def pretrain(config: PretrainConfig, output: Path) -> Trained:
+    """Trains a model, and writes it to `output`/model once all steps are done; started again, goes on.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, TokenizerError, UnsupportedModelError: before the first step, if
+            options do not fit each other, or data or the model cannot be used.
+        TrainingError: as `train`.
+    """
+    if not config.datasets:
+        raise ConfigError("there is nothing to train on: name a dataset")
+    path = fetch(config.model, files=CONFIG_FILES) if config.from_scratch else fetch(config.model, progress=True)
+    hf = checkpoint.read_config(path)
+    model, tokenizer = resolve(hf), Tokenizer.load(path)
+    check_fit(model, tokenizer, config.max_length)
+    layout = make_layout(config.mesh)
+    layout.check(config.batch_size, config.max_length, config.training.gradient_accumulation_steps)
+    loss = full_training(model, Placement(layout=layout))
+    declared = model.params(stacked=True)
+    shardings = None if layout.mesh is None else param.shardings(declared, layout.mesh)  # pyright: ignore[reportArgumentType]
+    job = Job(
+        loss=loss,
+        declared=declared,
+        initial=_initial(config, path, model, shardings),
+        shardings=shardings,
+        layout=layout,
+        flops_per_token=flops_per_token(model, config.max_length),
+    )
+    evaluate = None
+    if config.validation is not None:
+        with closing(_batches(config, (config.validation,), tokenizer)) as held_out:
+            measured = [next(held_out) for _ in range(config.eval_batches)]
+        evaluate = Perplexity(loss, measured, layout=layout, dtype=config.training.dtype)
+    with closing(_batches(config, config.datasets, tokenizer)) as batches:
+        trained = train(job, config.training, batches, output, evaluate=evaluate)
+    if trained.finished:
+        weights = trained.state.trainable
+        export_model(output / "model", model, weights, config=hf, like=path, dtype=stored_dtype(hf))
+    return trained
+
+
+def check_fit(model: Model, tokenizer: Tokenizer, max_length: int) -> None:
+    """Raises ConfigError unless the model has a place for every token and position."""
+    if tokenizer.vocab_size > model.config.V:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model's vocabulary {model.config.V}: they do not "
+            "belong together. Take the model's own tokenizer, or a config.json with a vocab_size as large"
+        )
+    if not 2 <= max_length <= model.config.max_len:
+        raise ConfigError(
+            f"rows of {max_length} tokens do not fit the model, whose longest context is {model.config.max_len}"
+        )
+
+
+def make_layout(mesh: str) -> Layout:
+    """Where activations lie on the mesh that a text names; "" is one device."""
+    if not mesh:
+        return Layout()
+    return Layout(make_mesh(parse_mesh(mesh, jax.device_count())))
+
+
+def _initial(config: PretrainConfig, path: Path, model: Model, shardings: Any) -> Callable[[], Tree]:
+    declared = model.params(stacked=True)
+    if config.from_scratch:
+        return lambda: param.initialize(declared, jax.random.key(config.seed), jnp.float32, shardings)
+    return lambda: checkpoint.load(path, declared, jnp.float32, shardings=shardings, skipped=model.skipped())
+
+
+def _batches(config: PretrainConfig, datasets: tuple[Dataset, ...], tokenizer: Tokenizer) -> Batches:
+    processes = jax.process_count()
+    if config.batch_size % processes:
+        raise ConfigError(f"a batch of {config.batch_size} rows does not divide over {processes} processes")
+    encode = encode_text(tokenizer, config.max_length, config.text_column)
+    sources = [
+        Source(
+            name=dataset.where,
+            records=open_records(dataset.where, {config.text_column: str}, split=dataset.split),
+            encode=encode,
+            weight=dataset.weight,
+        )
+        for dataset in datasets
+    ]
+    return packed_batches(
+        sources,
+        rows=config.batch_size // processes,
+        length=config.max_length,
+        seed=config.seed,
+        pad_id=tokenizer.pad_token_id or 0,
+        process=(jax.process_index(), processes),
+    )
