@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from tenfold.base.builtin import BUILTIN_MODEL, builtin_model
 from tenfold.base.errors import CheckpointError
@@ -10,6 +10,8 @@ from tenfold.base.storage import fetch
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+"""What an adapter consists of, besides a tokenizer that may stand beside it."""
 
 
 def is_adapter(path: Path) -> bool:
@@ -47,6 +49,25 @@ def fetch_base(path: Path, *, progress: bool = False) -> Path:
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{path / ADAPTER_CONFIG} names no base_model_name_or_path; write the base model into it")
     return builtin_model() if name == BUILTIN_MODEL else fetch(name, progress=progress)
+
+
+class Beside(NamedTuple):
+    """Where the files are that say what a model is and how it reads text."""
+
+    model: Path
+    tokenizer: Path
+
+
+def base_files(path: Path, *, progress: bool = False) -> Beside:
+    """Where the configuration and the tokenizer of a checkpoint are: of an adapter's directory, at its base, but for a
+    tokenizer that stands beside the adapter.
+
+    Raises CheckpointError as `fetch_base`.
+    """
+    if not is_adapter(path):
+        return Beside(path, path)
+    base = fetch_base(path, progress=progress)
+    return Beside(base, path if (path / "tokenizer.json").is_file() else base)
 
 
 def name_of_base(path: Path) -> str:
