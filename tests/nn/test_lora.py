@@ -20,6 +20,7 @@ from tenfold.nn.param import is_param, leaves, map_params
 from tenfold.nn.quantization import SCHEMES, quantize_param
 from tests.parity.cases import CASES, Case
 
+STACKED = ("phi3", "deepseek_v3", "gemma3n", "qwen3_next")
 FORWARDS = ("llama", "phi3", "gpt2")  # separate, fused and transposed tensors
 
 
@@ -45,8 +46,11 @@ def first_cases() -> list[Case]:
     return list({case.config["architectures"][0]: case for case in reversed(CASES)}.values())
 
 
-@pytest.mark.parametrize("one", first_cases(), ids=lambda case: case.name)
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    ("one", "stacked"),
+    [*((one, False) for one in first_cases()), *((case(name), True) for name in STACKED)],
+    ids=lambda value: value.name if isinstance(value, Case) else str(value),
+)
 def test_every_family_declares_adapters_of_its_linear_layers(one: Case, stacked: bool) -> None:
     model = resolve(one.config)
     tree = model.params(stacked=stacked)
@@ -56,7 +60,9 @@ def test_every_family_declares_adapters_of_its_linear_layers(one: Case, stacked:
     names = [source.name for _, p in leaves(declared) for source in p.sources]
     modules = {name.removesuffix(".lora_A.weight") for name in names if name.endswith("lora_A.weight")}
     assert modules
-    assert not [name for name in modules if re.search(r"embed_tokens|norm|\.experts\.|lm_head|router", name)]
+    routers = {source.name.removesuffix(".weight") for _, p in leaves(tree) if p.routes for source in p.sources}
+    assert not modules & routers
+    assert not [name for name in modules if re.search(r"embed_tokens|norm|\.experts\.|lm_head", name)]
     flat = adapt(tree, declared, LoraConfig(r=3))
     for adapted in jax.tree.leaves(flat, is_leaf=lambda x: isinstance(x, AdaptedWeight) or is_param(x)):
         if isinstance(adapted, AdaptedWeight):
@@ -67,10 +73,9 @@ def test_every_family_declares_adapters_of_its_linear_layers(one: Case, stacked:
 
 
 @pytest.mark.parametrize("name", FORWARDS)
-@pytest.mark.parametrize("dora", [False, True])
-def test_merged_weights_compute_what_adapted_ones_do(name: str, dora: bool) -> None:
+def test_merged_weights_compute_what_adapted_ones_do(name: str) -> None:
     model = resolve(case(name).config)
-    config = LoraConfig(r=3, lora_alpha=5.0, use_dora=dora)
+    config = LoraConfig(r=3, lora_alpha=5.0, use_dora=True)
     base = draw(model.params())
     declared = adapter_params(model.params(), config)
     tokens = jnp.arange(2, 12)
@@ -84,7 +89,7 @@ def test_merged_weights_compute_what_adapted_ones_do(name: str, dora: bool) -> N
         is_leaf=lambda w: isinstance(w, AdaptedWeight),
     )
     after = logits(model, whole, tokens)
-    assert float(jnp.abs(after - before).max()) > 0.1
+    assert float(jnp.abs(after - before).max()) > 0.05
     np.testing.assert_allclose(logits(model, adapted, tokens), after, atol=2e-4, rtol=1e-4)
 
 

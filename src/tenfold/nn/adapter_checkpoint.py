@@ -123,7 +123,8 @@ def save(path: Path, tree: Tree, adapters: Tree, config: LoraConfig, *, base: st
         "use_rslora": config.use_rslora,
     }
     with atomic_directory(path, replaces=(ADAPTER_WEIGHTS,), last=(ADAPTER_CONFIG,)) as staging:
-        safetensors.write(staging / ADAPTER_WEIGHTS, checkpoint.tensors(declared, adapters, dtype))
+        found = checkpoint.tensors(declared, adapters, dtype)
+        safetensors.write(staging / ADAPTER_WEIGHTS, dict(sorted(found.items())))
         (staging / ADAPTER_CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
