@@ -16,7 +16,6 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 

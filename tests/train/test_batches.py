@@ -37,7 +37,7 @@ def encode(row: Mapping[str, Any]) -> Sequence[Example]:
     return [([row["number"]] * row["length"], [True] * row["length"])]
 
 
-def numbers(count: int = 40, first: int = 0, *, name: str = "numbers", weight: float = 1) -> Source:
+def numbers(count: int = 40, first: int = 0, *, name: str = "numbers", weight: float = 1.0) -> Source:
     return Source(name=name, records=Numbered(count, first), encode=encode, weight=weight)
 
 
@@ -102,7 +102,7 @@ def test_every_epoch_has_every_document_once_in_another_order() -> None:
 
 
 def test_weights_are_shares_of_the_rows() -> None:
-    rows = take(batches(numbers(40, 1, weight=3), numbers(40, 1001, name="b", weight=1)), 50)
+    rows = take(batches(numbers(40, 1, weight=3.0), numbers(40, 1001, name="b")), 50)
     tokens = np.concatenate([batch.tokens for batch in rows])
     assert (tokens.max(1) > 1000).mean() == pytest.approx(0.25, abs=0.01)
 
@@ -127,7 +127,7 @@ def test_long_documents_are_cut_and_begin_and_end_as_the_tokenizer_has_it() -> N
 
 def test_what_cannot_work_is_named() -> None:
     with pytest.raises(ConfigError, match="weight above 0"):
-        batches(numbers(weight=0))
+        batches(numbers(weight=0.0))
     with pytest.raises(ConfigError, match="different names: numbers, numbers"):
         batches(numbers(), numbers())
     with pytest.raises(DataError, match="3 rows, too few for 4 processes"):

@@ -20,18 +20,18 @@ def test_numbers_that_are_none_are_bad() -> None:
 
 
 def test_a_spike_is_judged_by_the_last_losses_and_does_not_count_among_them() -> None:
-    guard = Guard(GuardConfig(spike=3, window=4), [])
+    guard = Guard(GuardConfig(spike=3.0, window=4), [])
     for loss in (100.0, 1.0, 1.2, 1.0):
         assert judge(guard, loss) is None  # not yet as many as the window
     assert judge(guard, 1.2) is None
     wrong = judge(guard, 1.5)  # mean 1.1, deviation 0.1
     assert wrong is not None and "1.5 is a spike above 1.1 ± 0.1" in wrong
     assert guard.losses == [1.0, 1.2, 1.0, 1.2]
-    assert judge(Guard(GuardConfig(spike=3, window=4), guard.losses), 1.39) is None
+    assert judge(Guard(GuardConfig(spike=3.0, window=4), guard.losses), 1.39) is None
 
 
 def test_options_that_cannot_work() -> None:
     with pytest.raises(ConfigError, match="stop or skip"):
         GuardConfig(on_bad_step="ignore")
     with pytest.raises(ConfigError, match="above 0"):
-        GuardConfig(spike=0)
+        GuardConfig(spike=0.0)

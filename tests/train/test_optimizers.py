@@ -62,13 +62,18 @@ def test_a_schedule_must_fit_its_run() -> None:
 
 def declared() -> dict[str, Param]:
     """Two stacked layers of a product with heads, a stacked norm, a bias of heads, and an embedding."""
+    layers = ("0", "1")
+    q = [param((6, 2, 2), "embed heads head_dim", f"{i}.q", "(H K) D -> D H K", inputs="embed") for i in layers]
+    o = [
+        param((2, 2, 6), "heads head_dim embed", f"{i}.o", "D (H K) -> H K D", inputs="heads head_dim") for i in layers
+    ]
     return {
-        "q": stack([param((6, 2, 2), "embed heads head_dim", f"{i}.q", "(H K) D -> D H K", inputs="embed") for i in (0, 1)]),
-        "o": stack([param((2, 2, 6), "heads head_dim embed", f"{i}.o", "D (H K) -> H K D", inputs="heads head_dim") for i in (0, 1)]),
-        "norm": stack([param((6,), "embed", f"{i}.norm") for i in (0, 1)]),
+        "q": stack(q),
+        "o": stack(o),
+        "norm": stack([param((6,), "embed", f"{i}.norm") for i in layers]),
         "bias": param((2, 2), "heads head_dim", "bias", "(H K) -> H K"),
         "embed": param((7, 6), "vocab embed", "embed"),
-    }  # fmt: skip
+    }
 
 
 def draw(seed: int) -> dict[str, jax.Array]:

@@ -1,4 +1,7 @@
-"""The options that the recipes of `tenfold train` share, under the names of Hugging Face's trainer where it has them."""
+"""The options that the recipes of `tenfold train` share, under the names that the trainer of transformers has for them.
+
+A command takes them all at once, by `trains`.
+"""
 
 import functools
 import inspect

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import orjson
@@ -30,6 +30,7 @@ _SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
 _KINDS = {str: "string", list: "list", dict: "struct", bool: "bool", int: "int64", float: "double"}
 
 
+@runtime_checkable
 class Records(Protocol):
     """Rows, read by their number from any thread."""
 

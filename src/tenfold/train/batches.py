@@ -6,7 +6,7 @@ and a restored iterator packs its window anew. Mixing is by rows, which are full
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -24,6 +24,7 @@ Encode = Callable[[Mapping[str, Any]], Sequence[Example]]
 """A row of data -> the examples that it becomes, none longer than a row of tokens."""
 
 
+@runtime_checkable
 class Batches(Protocol):
     """An endless iterator of batches that can say where it stands, and go back there."""
 

@@ -4,7 +4,7 @@ import importlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +14,7 @@ from tenfold.base.errors import ConfigError
 REPORTERS = ("tensorboard", "mlflow")
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Is given the numbers of each step."""
 
