@@ -15,16 +15,7 @@ from tenfold.train.example_batches import alone
 from tenfold.train.loss import full_training
 from tenfold.train.pico.conversations import conversation
 
-NAMES = (
-    "os.path.join",
-    "shutil.copytree",
-    "json.dumps",
-    "re.sub",
-    "math.sqrt",
-    "random.choice",
-    "ast.parse",
-    "sys.exit",
-)
+NAMES = ["os.path.join", "shutil.copytree", "json.dumps", "re.sub", "math.sqrt", "random.choice", "ast.parse"]
 TALKS = [conversation(f"In which module is {name}?", f"{name} is in {name.rpartition('.')[0]}.") for name in NAMES]
 
 

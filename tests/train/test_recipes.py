@@ -73,6 +73,10 @@ def test_adapters_are_trained_merged_and_served(base: Path, tmp_path: Path) -> N
     events = losses(tmp_path / "run")
     assert events[-1]["loss"] < events[0]["loss"]
     adapter = tmp_path / "run" / "model"
+    written = (adapter / "adapter_model.safetensors").read_bytes()
+    (adapter / "adapter_model.safetensors").unlink()
+    sft(SftConfig(tuning=tuning(base, lora=LORA), datasets=(data,)), tmp_path / "run")  # goes on, from the last step
+    assert (adapter / "adapter_model.safetensors").read_bytes() == written
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base)
     assert config["target_modules"] == ["down_proj", "q_proj"]
@@ -164,6 +168,8 @@ def test_what_does_not_fit_is_refused_before_the_first_step(base: Path, tmp_path
         dpo(DpoConfig(tuning=tuning(base), dataset=data), tmp_path / "run")
     with pytest.raises(ConfigError, match="chunk must divide the 8 texts"):
         EmbedConfig(tuning=tuning(base), dataset=data, chunk=3)
+    with pytest.raises(ConfigError, match="leave the axis pipeline out"):
+        sft(SftConfig(tuning=tuning(base, mesh="pipeline=2"), datasets=(data,)), tmp_path / "run")
     bad = write(tmp_path / "bad.jsonl", lambda i: {"messages": chat("q", "a")[: 1 + (i < 11)]})
     with pytest.raises(DataError, match="bad.jsonl, line 12: .*no message of the assistant"):
         sft(SftConfig(tuning=tuning(base), datasets=(bad,)), tmp_path / "run")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tenfold.base.adapter import name_of_base
+from tenfold.base.adapter import is_adapter, name_of_base
 from tenfold.base.builtin import BUILTIN_MODEL, builtin_model
 from tenfold.base.errors import ConfigError
 from tenfold.base.storage import fetch
@@ -107,6 +107,10 @@ class Start:
 
     @cached_property
     def base(self) -> Tree:
+        """What `load_base` loads, once."""
+        return self.load_base()
+
+    def load_base(self) -> Tree:
         """The checkpoint's weights, in what losses are computed in; in few bits where adapters shall lie over those."""
         dtype = jnp.dtype(self.config.training.dtype)
         scheme = find_scheme(self.config.quantization)
@@ -168,6 +172,8 @@ def start(config: TuningConfig) -> Start:
             checkpoint cannot be used.
     """
     path = builtin_model() if config.model == BUILTIN_MODEL else fetch(config.model, progress=True)
+    if is_adapter(path):
+        raise ConfigError(f"{path} is an adapter: name its base to train another one, or merge both to train on")
     if config.quantization is not None and config.lora is None:
         raise ConfigError("weights in few bits cannot be trained; train adapters over them, or leave quantization out")
     if config.quantization is not None and config.mesh:
@@ -176,6 +182,8 @@ def start(config: TuningConfig) -> Start:
         raise ConfigError(f"the weights of {path} are quantised: train adapters over them, or their original")
     hf = checkpoint.read_config(path)
     begun = Start(config, path, hf, resolve(hf), Tokenizer.load(path), make_layout(config.mesh))
+    if begun.layout.size("pipeline") > 1:
+        raise ConfigError("only pretraining has schedules of pipelines; leave the axis pipeline out of the mesh")
     check_fit(begun.model, begun.tokenizer, config.max_length)
     begun.layout.check(config.batch_size, config.max_length, config.training.gradient_accumulation_steps)
     return begun

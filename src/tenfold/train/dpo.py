@@ -225,7 +225,9 @@ def dpo(config: DpoConfig, output: Path) -> Trained:
         raise ConfigError(f"a batch of {tuning.batch_size} pairs does not divide over {jax.process_count()} processes")
     records = open_records(config.dataset.where, _COLUMNS[config.format], split=config.dataset.split)
     chosen, rejected = read_pairs(records, begun.tokenizer, config.format, tuning.max_length)
-    reference = reference_logprobs(begun.base, begun.model, (chosen, rejected))
+    weights = begun.base if tuning.lora else begun.load_base()  # the latter is not needed again
+    reference = reference_logprobs(weights, begun.model, (chosen, rejected))
+    del weights
     batches = example_batches(
         Pairs(chosen, rejected, reference),
         rows=tuning.batch_size // jax.process_count(),

@@ -94,7 +94,10 @@ def answer_batches(config: SftConfig, begun: Start, datasets: tuple[Dataset, ...
     """
     tuning, processes = config.tuning, jax.process_count()
     if config.format == "messages" and not begun.tokenizer.has_chat_template:
-        raise ConfigError(f"{begun.path} has no chat template; give it one, or train on prompts and completions")
+        raise ConfigError(
+            f"{begun.path} has no chat template: put one into its tokenizer_config.json, or train on prompts and "
+            "completions"
+        )
     if tuning.batch_size % processes:
         raise ConfigError(f"a batch of {tuning.batch_size} rows does not divide over {processes} processes")
     encode = encode_answers(begun.tokenizer, config.format, tuning.max_length)
