@@ -1,5 +1,6 @@
 """Adapters: declared for every family, without effect at first, the same merged or not, and back from their files."""
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tenfold.base.errors import ConfigError
+from tenfold.base.errors import ConfigError, UnsupportedModelError
 from tenfold.kernels.matmul import AdaptedWeight, QuantizedWeight, matmul
 from tenfold.models.family import Model, resolve
 from tenfold.nn import adapter_checkpoint, checkpoint
@@ -165,3 +166,16 @@ def test_what_cannot_be_adapted_is_refused_by_name() -> None:
         LoraConfig(r=0)
     chosen = adapter_params(llama, LoraConfig(target_modules=r".*layers\.1\.self_attn\.[qv]_proj"))
     assert {name for name, _ in leaves(chosen)} == {f"layers.1.{n}.{f}" for n in "qv" for f in ("a", f"b.{n}")}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("modules_to_save", ["lm_head"]), ("bias", "all"), ("init_lora_weights", "pissa"), ("peft_type", "LOHA")],
+)
+def test_what_adapters_ask_for_and_is_not_implemented_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    described = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "lora_dropout": 0.1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
+    assert adapter_checkpoint.read_config(tmp_path).scale == 2
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described | {key: value}))
+    with pytest.raises(UnsupportedModelError, match=key):
+        adapter_checkpoint.read_config(tmp_path)

@@ -105,6 +105,16 @@ def test_all_weights_and_quantised_bases(base: Path, tmp_path: Path) -> None:
     assert not np.array_equal(before["embed"], after["embed"])
 
 
+def test_adapters_train_alike_on_a_mesh(base: Path, tmp_path: Path) -> None:
+    data = conversations(tmp_path / "data.jsonl")
+    found = {}
+    for mesh in ("", "fsdp=2,tensor=2"):
+        config = tuning(base, lora=LoraConfig(r=2, use_dora=True), mesh=mesh)
+        sft(SftConfig(tuning=config, datasets=(data,)), tmp_path / f"run{mesh}")
+        found[mesh] = [event["loss"] for event in losses(tmp_path / f"run{mesh}")]
+    np.testing.assert_allclose(*found.values(), rtol=1e-5)
+
+
 def test_preferences_begin_at_the_reference(base: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "d.jsonl", lambda i: {"chosen": chat(f"q{i}", "yes"), "rejected": chat(f"q{i}", "no")})
     dpo(DpoConfig(tuning=tuning(base, lora=LORA), dataset=data), tmp_path / "run")
@@ -168,6 +178,9 @@ def test_what_does_not_fit_is_refused_before_the_first_step(base: Path, tmp_path
         dpo(DpoConfig(tuning=tuning(base), dataset=data), tmp_path / "run")
     with pytest.raises(ConfigError, match="chunk must divide the 8 texts"):
         EmbedConfig(tuning=tuning(base), dataset=data, chunk=3)
+    with pytest.raises(ConfigError, match="no modules query to adapt"):
+        lora = LoraConfig(target_modules=("q_proj", "query"))
+        sft(SftConfig(tuning=tuning(base, lora=lora), datasets=(data,)), tmp_path / "run")
     with pytest.raises(ConfigError, match="leave the axis pipeline out"):
         sft(SftConfig(tuning=tuning(base, mesh="pipeline=2"), datasets=(data,)), tmp_path / "run")
     bad = write(tmp_path / "bad.jsonl", lambda i: {"messages": chat("q", "a")[: 1 + (i < 11)]})

@@ -26,7 +26,6 @@ from tenfold.nn.safetensors import Deferred, SafetensorsFile
 # What adapter_config.json may say besides the fields of LoraConfig without changing what an adapter computes.
 _WITHOUT_EFFECT = frozenset(
     {
-        "alora_invocation_tokens",
         "auto_mapping",
         "base_model_name_or_path",
         "fan_in_fan_out",  # the layout of the base's weights, which our declaration knows
@@ -135,7 +134,7 @@ def _transposed(tree: Tree, config: LoraConfig) -> bool:
 
 def _module_names(tree: Tree, config: LoraConfig) -> list[str] | str:
     """The modules that are adapted: by their last names, or where those mean others too, by their whole ones."""
-    if isinstance(config.target_modules, str):
+    if isinstance(config.target_modules, str) and config.exclude_modules is None:
         return config.target_modules
     adapted: set[str] = set()
     others: set[str] = set()

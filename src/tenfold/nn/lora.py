@@ -152,6 +152,14 @@ def targets(p: Param, config: LoraConfig) -> bool:
     return all(chosen)
 
 
+def unmatched(tree: Tree, config: LoraConfig) -> list[str]:
+    """Which of the names in target_modules no weight of a model has; a tied head is no weight of its own."""
+    if not isinstance(config.target_modules, tuple):
+        return []
+    modules = [module for _, p in param.leaves(tree) for module in _modules(p)]
+    return [name for name in config.target_modules if not any(_named(module, (name,)) for module in modules)]
+
+
 def _declare(tree: Tree, config: LoraConfig, refused: list[str]) -> Tree:
     if isinstance(tree, list):
         wrapped = [{_ALONE: item} if is_param(item) else item for item in tree]

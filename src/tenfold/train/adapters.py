@@ -185,6 +185,9 @@ def start(config: TuningConfig) -> Start:
     if begun.layout.size("pipeline") > 1:
         raise ConfigError("only pretraining has schedules of pipelines; leave the axis pipeline out of the mesh")
     check_fit(begun.model, begun.tokenizer, config.max_length)
+    lacking = [] if config.lora is None else lora.unmatched(begun.declared, config.lora)
+    if lacking:
+        raise ConfigError(f"the model has no modules {', '.join(lacking)} to adapt; leave them out of target_modules")
     begun.layout.check(config.batch_size, config.max_length, config.training.gradient_accumulation_steps)
     return begun
 
