@@ -4,6 +4,7 @@ Dims: N pairs, L tokens of a row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,4 +239,6 @@ def dpo(config: DpoConfig, output: Path) -> Trained:
     loss = dpo_loss(
         begun.model, kind=config.loss, beta=config.beta, label_smoothing=config.label_smoothing, placement=placement
     )
-    return begun.finish(train(begun.job(loss), tuning.training, batches, output), output)
+    with closing(batches):
+        trained = train(begun.job(loss), tuning.training, batches, output)
+    return begun.finish(trained, output)

@@ -7,6 +7,7 @@ Dims: N queries, P passages of each (the first is the right one), M texts, L tok
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,4 +226,6 @@ def embed(config: EmbedConfig, output: Path) -> Trained:
     batches = example_batches(
         texts, rows=tuning.batch_size // processes, seed=tuning.seed, process=(jax.process_index(), processes)
     )
-    return begun.finish(train(begun.job(loss, grad=grad), tuning.training, batches, output), output)
+    with closing(batches):
+        trained = train(begun.job(loss, grad=grad), tuning.training, batches, output)
+    return begun.finish(trained, output)
