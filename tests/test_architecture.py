@@ -20,6 +20,11 @@ TRAINING_FLAGS = (
     *("--gradient-accumulation-steps", "--dtype", "--save-steps", "--save-total-limit", "--metric-for-best-model"),
     *("--checkpoint-dir", "--eval-steps", "--on-bad-step", "--loss-spike", "--report-to", "--profile"),
 )
+TUNING_FLAGS = (
+    *("--output", "--dataset", "--split", "--model", "--max-length", "--batch-size", "--seed", "--mesh"),
+    *("--lora", "--lora-r", "--lora-alpha", "--lora-target-modules", "--use-dora", "--use-rslora", "--quantization"),
+    *TRAINING_FLAGS,
+)
 FLAGS = {
     "tenfold": {"--version"},
     "tenfold doctor": {"--timeout"},
@@ -50,6 +55,14 @@ FLAGS = {
         *("--dataset", "--model", "--split", "--text-column", "--max-length", "--batch-size", "--eval-batches"),
         "--dtype",
     },
+    "tenfold train sft": {*TUNING_FLAGS, "--dataset-weight", "--validation", "--format"},
+    "tenfold train dpo": {*TUNING_FLAGS, "--format", "--loss-type", "--beta", "--label-smoothing"},
+    "tenfold train distill": {
+        *TUNING_FLAGS,
+        *("--dataset-weight", "--format", "--teacher", "--divergence", "--temperature", "--alpha"),
+    },
+    "tenfold train embed": {*TUNING_FLAGS, "--negatives", "--pooling", "--temperature", "--chunk"},
+    "tenfold merge": {"--output"},
     "tenfold train pico": {"--output", "--seed"},
 }
 

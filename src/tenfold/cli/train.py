@@ -5,11 +5,19 @@ from typing import TYPE_CHECKING
 import typer
 
 from tenfold.cli import training as options
+from tenfold.cli.distill import distill
+from tenfold.cli.dpo import dpo
+from tenfold.cli.embed import embed
+from tenfold.cli.sft import sft
 
 if TYPE_CHECKING:
     from tenfold.train.trainer import TrainConfig
 
 train = typer.Typer(help="Train models.", no_args_is_help=True)
+train.command()(sft)
+train.command()(dpo)
+train.command()(distill)
+train.command()(embed)
 
 
 @train.callback()

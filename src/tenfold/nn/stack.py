@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from tenfold.base.errors import ConfigError
 from tenfold.nn.param import Tree, is_param, stack
@@ -83,6 +84,23 @@ def stack_layers(layers: Sequence[Tree], kinds: Sequence[Hashable]) -> Tree:
         return jax.tree.map(lambda *ps: stack(ps), *layers[head + i : end : n], is_leaf=is_param)
 
     return {"head": list(layers[:head]), "scan": [place(i) for i in range(n)], "tail": list(layers[end:])}
+
+
+def stack_weights(weights: Sequence[Tree], layers: Sequence[Tree], kinds: Sequence[Hashable]) -> Tree:
+    """The weights of separate layers in the tree that `stack_layers` declares; quantised ones, too, if they are alike.
+
+    Args:
+        weights: of each layer.
+        layers: their declarations.
+        kinds: as for `stack_layers`.
+    """
+    head, n = pattern([(kind, _weights(layer)) for kind, layer in zip(kinds, layers, strict=True)])
+    end = head + (len(layers) - head) // n * n
+
+    def place(i: int) -> Tree:
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *weights[head + i : end : n])
+
+    return {"head": list(weights[:head]), "scan": [place(i) for i in range(n)], "tail": list(weights[end:])}
 
 
 def _weights(layer: Tree) -> Hashable:
