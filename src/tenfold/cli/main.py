@@ -5,6 +5,7 @@ import sys
 import typer
 
 from tenfold.cli.doctor import doctor
+from tenfold.cli.models import models
 from tenfold.cli.quantize import quantize
 from tenfold.cli.serve import serve
 from tenfold.cli.train import train
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(doctor)
+app.command()(models)
 app.command()(quantize)
 app.add_typer(train, name="train")
 
