@@ -28,6 +28,7 @@ TUNING_FLAGS = (
 FLAGS = {
     "tenfold": {"--version"},
     "tenfold doctor": {"--timeout"},
+    "tenfold models": {"--json", "--markdown"},
     "tenfold quantize": {"--output", "--scheme", "--calibration", "--samples", "--seed"},
     "tenfold serve": {
         *("--served-model-name", "--tokenizer", "--revision", "--chat-template", "--generation-config"),
@@ -115,7 +116,7 @@ def test_every_folder_with_code_is_a_documented_package():
 def test_table_of_families_is_the_files():
     from tenfold.models import FAMILIES
 
-    files = {path.stem for path in (PACKAGE / "models").glob("*.py")} - {"__init__", "family"}
+    files = {path.stem for path in (PACKAGE / "models").glob("*.py")} - {"__init__", "capabilities", "family"}
     assert set(FAMILIES.values()) == files
 
 

@@ -146,6 +146,8 @@ def test_late_layers_read_the_last_earlier_one_of_their_type() -> None:
     assert hf_config.read_cache_sources((S, F), 0) == (None, None)
     with pytest.raises(ConfigError, match="num_kv_shared_layers=1, but no full_attention layer before"):
         hf_config.read_cache_sources((S, F), 1)
+    with pytest.raises(ConfigError, match="num_kv_shared_layers=3, but no sliding_attention layer before"):
+        hf_config.read_cache_sources((S, F), 3)
 
 
 def test_sizes_have_their_defaults() -> None:

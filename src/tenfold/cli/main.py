@@ -6,6 +6,7 @@ import typer
 
 from tenfold.cli.doctor import doctor
 from tenfold.cli.merge import merge
+from tenfold.cli.models import models
 from tenfold.cli.quantize import quantize
 from tenfold.cli.serve import serve
 from tenfold.cli.train import train
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(doctor)
+app.command()(models)
 app.command()(quantize)
 app.command()(merge)
 app.add_typer(train, name="train")

@@ -195,7 +195,7 @@ def read_cache_sources(layer_types: Sequence[str], num_shared: int) -> tuple[int
 
     Raises ConfigError if there is no such layer.
     """
-    own = len(layer_types) - num_shared
+    own = max(0, len(layer_types) - num_shared)
     last = {kind: i for i, kind in enumerate(layer_types[:own])}
     for kind in layer_types[own:]:
         if kind not in last:

@@ -89,9 +89,9 @@ def read_format(config: Mapping[str, Any]) -> QuantizedFormat | None:
     if not isinstance(given, Mapping):
         raise _unsupported(f"is {given!r}, not an object")
     method = given.get("quant_method")
-    if not isinstance(method, str) or method not in _METHODS:
-        raise _unsupported(f"has quant_method={method!r}; implemented: {', '.join(_METHODS)}")
-    return _METHODS[method](given)
+    if not isinstance(method, str) or method not in METHODS:
+        raise _unsupported(f"has quant_method={method!r}; implemented: {', '.join(METHODS)}")
+    return METHODS[method](given)
 
 
 def _unsupported(what: str) -> UnsupportedModelError:
@@ -361,7 +361,7 @@ def _mxfp4(given: Mapping[str, Any]) -> QuantizedFormat:
     return QuantizedFormat("mxfp4", find, fused=(MXFP4Experts(), Plain()))
 
 
-_METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizedFormat]] = {
+METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizedFormat]] = {
     "compressed-tensors": _compressed_tensors,
     "gptq": _gptq,
     "awq": _awq,

@@ -36,6 +36,10 @@ from tenfold.serve.responses import (
 from tenfold.serve.state import ServerState
 from tenfold.serve.tokenization import detokenize, tokenize
 
+COMPLETIONS, CHAT_COMPLETIONS = "/v1/completions", "/v1/chat/completions"
+GENERATING = (COMPLETIONS, CHAT_COMPLETIONS)
+"""The addresses that a language model answers."""
+
 _REFERENCE = "#/components/schemas/{model}"
 _BODIES: tuple[type[RequestModel], ...] = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 _POST_ERRORS = (400, 401, 404, 413, 415, 429, 503)
@@ -63,7 +67,7 @@ def _add_openai_routes(app: FastAPI, state: ServerState) -> None:
     created = int(time.time())
 
     @app.post(
-        "/v1/completions",
+        COMPLETIONS,
         responses=documented(Completion, streams=True, errors=_POST_ERRORS),
         openapi_extra=_body(CompletionRequest),
     )
@@ -71,7 +75,7 @@ def _add_openai_routes(app: FastAPI, state: ServerState) -> None:
         return await create_completion(state, request)
 
     @app.post(
-        "/v1/chat/completions",
+        CHAT_COMPLETIONS,
         responses=documented(ChatCompletion, streams=True, errors=_POST_ERRORS),
         openapi_extra=_body(ChatRequest),
     )
