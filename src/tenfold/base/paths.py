@@ -19,6 +19,11 @@ def cache_dir() -> Path:
     return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "tenfold"
 
 
+def xla_flags() -> str:
+    """`XLA_FLAGS`, which change what is compiled."""
+    return os.environ.get("XLA_FLAGS", "")
+
+
 def api_keys() -> tuple[str, ...]:
     """Keys that the server's clients must send: `TENFOLD_API_KEY`, several separated by commas; none if it is unset."""
     return tuple(key.strip() for key in os.environ.get("TENFOLD_API_KEY", "").split(",") if key.strip())
