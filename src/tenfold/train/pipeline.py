@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from tenfold.base.errors import ConfigError
 from tenfold.nn.param import Tree
 from tenfold.nn.stack import Placement
-from tenfold.parallel.layout import current
+from tenfold.parallel.layout import Layout, current
 from tenfold.parallel.schedule import Schedule
 from tenfold.parallel.timetable import Timetable, Work, make_timetable
 from tenfold.train.loss import LossSum, StagedLoss
@@ -86,6 +86,8 @@ def pipelined(loss: StagedLoss, schedule: Schedule, placement: Placement, shardi
     mesh, table = layout.mesh, make_timetable(schedule)
 
     def grad(trainable: Tree, frozen: Tree, batch: Any) -> tuple[LossSum, Tree]:
+        if shardings is not None:
+            trainable = _map_leaves(_same, functools.partial(_gathered, layout), trainable, shardings)
         specs = [
             _map_leaves(lambda _: PartitionSpec(None, AXIS), lambda _: PartitionSpec(), tree)
             for tree in (trainable, frozen)
@@ -224,8 +226,13 @@ def _map_leaves(stacked: Callable[..., Any], other: Callable[..., Any], tree: Tr
     return jax.tree_util.tree_map_with_path(apply, tree, *more)
 
 
-def _same(x: jax.Array) -> jax.Array:
+def _same(x: jax.Array, *_: Any) -> jax.Array:
     return x
+
+
+def _gathered(layout: Layout, w: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """A weight outside the layers, whole where its shards lie with rows: once in a step, not in every tick."""
+    return layout.constrain(w, *(None if dim in layout.row_axes else dim for dim in sharding.spec))
 
 
 def _to_stages(w: jax.Array, schedule: Schedule) -> jax.Array:
