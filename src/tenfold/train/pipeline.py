@@ -184,6 +184,9 @@ class _Program:
             made = made._replace(sums=sums)
         else:
             gradients, to_x = jax.vjp(pass_on, trainable, x)[1](to_y)
+        if self.shardings is not None:  # else the sums' shards become those of the scatter to the embedding
+            gather = functools.partial(_gathered, self.placement.layout)
+            gradients = _map_leaves(_same, gather, gradients, self.shardings)
         return made._replace(to_x=to_x, gradients=_in_float32(gradients))
 
     def _nothing(self, given: _Given) -> _Made:
@@ -231,7 +234,8 @@ def _same(x: jax.Array, *_: Any) -> jax.Array:
 
 
 def _gathered(layout: Layout, w: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """A weight outside the layers, whole where its shards lie with rows: once in a step, not in every tick."""
+    """A weight outside the layers, or its gradient, in whole rows of what the axes of rows split: gathered once in a
+    step, not in every tick. XLA cannot look up an embedding both of whose dims are split, where an axis is manual."""
     return layout.constrain(w, *(None if dim in layout.row_axes else dim for dim in sharding.spec))
 
 
