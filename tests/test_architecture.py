@@ -46,6 +46,10 @@ FLAGS = {
         *("--text-column", "--max-length", "--batch-size", "--seed", "--mesh"),
         *TRAINING_FLAGS,
     },
+    "tenfold train evaluate": {
+        *("--dataset", "--model", "--split", "--text-column", "--max-length", "--batch-size", "--eval-batches"),
+        "--dtype",
+    },
     "tenfold train pico": {"--output", "--seed"},
 }
 

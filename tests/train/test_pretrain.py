@@ -20,7 +20,7 @@ from tenfold.testing.tiny import write_tiny_checkpoint
 from tenfold.train.events import read_events
 from tenfold.train.loss import next_token_loss
 from tenfold.train.optimizers import OptimizerConfig
-from tenfold.train.pretrain import Dataset, PretrainConfig, pretrain
+from tenfold.train.pretrain import Dataset, PretrainConfig, evaluate_model, pretrain
 from tenfold.train.trainer import TrainConfig
 
 LENGTH = 64
@@ -73,6 +73,8 @@ def test_a_model_comes_out_that_knows_the_corpus(model: Path, corpus: Path, tmp_
         jax.tree.leaves(params["layers"][0]), jax.tree.leaves(trained.state.trainable["layers"]["scan"][0]), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs[0])
+    measured = evaluate_model(str(out), held_out, max_length=LENGTH, batch_size=4, eval_batches=2)
+    assert measured == pytest.approx({name: event[name] for name in measured}, rel=1e-6)
     assert Tokenizer.load(out).has_chat_template
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"]
 

@@ -279,7 +279,7 @@ class _Run:
 
     def _place(self, batch: Any) -> Any:
         layout = self._job.layout
-        rows, length = jax.tree.leaves(batch)[0].shape[:2]
+        rows, length = (*jax.tree.leaves(batch)[0].shape, 1)[:2]
         layout.check(rows * jax.process_count(), length, self._config.gradient_accumulation_steps)
         if layout.mesh is None:
             return batch
@@ -307,7 +307,7 @@ class _Run:
 
     def _finish(self, pending: _Pending) -> bool:
         """Reads and reports the numbers of a step. True if it was bad, and the run went back."""
-        metrics = {name: float(value) for name, value in pending.metrics.items()}
+        metrics = {name: float(value) for name, value in jax.device_get(dict(pending.metrics)).items()}
         wrong = self._guard.judge(metrics)
         if wrong is not None:
             self._go_back(pending, wrong)
