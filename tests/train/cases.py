@@ -1,7 +1,8 @@
 """Models and meshes that training is tried on."""
 
-import dataclasses
-from typing import Any
+from dataclasses import dataclass
+
+from tenfold.train.parallelism import Parallelism
 
 VOCAB = 48
 
@@ -30,16 +31,12 @@ MODELS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Case:
     """A model, and how it is trained."""
 
-    model: str = "llama"
-    mesh: str = ""
-    micro_batches: int = 1
-    remat: Any = "none"
-    schedule: Any = "gpipe"
-    stages: int = 1
+    model: str
+    parallelism: Parallelism
 
     def __str__(self) -> str:
-        return f"{self.model}-{self.mesh}-{self.schedule}"
+        return f"{self.model}-{self.parallelism.mesh}-{self.parallelism.schedule}"

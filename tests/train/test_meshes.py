@@ -14,32 +14,33 @@ from tenfold.models.family import resolve
 from tenfold.nn import param as params
 from tenfold.parallel.collectives import collectives
 from tenfold.parallel.mesh import parse_mesh
+from tenfold.train.parallelism import Parallelism
 from tests.train.cases import MODELS, Case
 
 CHEAP = [
-    Case(mesh="fsdp=2,context=2,tensor=2", micro_batches=2, remat="dots"),
-    Case(mesh="pipeline=2,fsdp=2,tensor=2", micro_batches=4, schedule="1f1b"),
-    Case(model="mixtral", mesh="fsdp=2,expert=2"),
+    Case("llama", Parallelism(mesh="fsdp=2,context=2,tensor=2", micro_batches=2, remat="dots")),
+    Case("llama", Parallelism(mesh="pipeline=2,fsdp=2,tensor=2", micro_batches=4, schedule="1f1b")),
+    Case("mixtral", Parallelism(mesh="fsdp=2,expert=2")),
 ]
 ALONE = [
-    Case(mesh="data=8"),
-    Case(mesh="fsdp=8"),
-    Case(mesh="tensor=4", remat="offload"),
-    Case(mesh="context=8"),
-    Case(mesh="pipeline=4", micro_batches=8, schedule="1f1b"),
-    Case(model="mixtral", mesh="expert=4"),
+    Case("llama", Parallelism(mesh="data=8")),
+    Case("llama", Parallelism(mesh="fsdp=8")),
+    Case("llama", Parallelism(mesh="tensor=4", remat="offload")),
+    Case("llama", Parallelism(mesh="context=8")),
+    Case("llama", Parallelism(mesh="pipeline=4", micro_batches=8, schedule="1f1b")),
+    Case("mixtral", Parallelism(mesh="expert=4")),
 ]
 MIXED = [
-    Case(mesh="data=2,fsdp=4", micro_batches=2),
-    Case(mesh="fsdp=4,tensor=2", remat="full"),
-    Case(mesh="data=2,fsdp=2,tensor=2"),
-    Case(mesh="data=2,context=4"),
-    Case(mesh="pipeline=2,data=4", micro_batches=4),
-    Case(mesh="pipeline=2,fsdp=2,tensor=2", micro_batches=4, schedule="interleaved", stages=2),
-    Case(mesh="pipeline=2,data=2,context=2", micro_batches=4, schedule="1f1b"),
-    Case(mesh="pipeline=4,tensor=2", micro_batches=4, remat="full"),
-    Case(model="mixtral", mesh="data=2,expert=2,tensor=2"),
-    Case(model="mixtral", mesh="pipeline=2,fsdp=2,expert=2", micro_batches=4, schedule="1f1b"),
+    Case("llama", Parallelism(mesh="data=2,fsdp=4", micro_batches=2)),
+    Case("llama", Parallelism(mesh="fsdp=4,tensor=2", remat="full")),
+    Case("llama", Parallelism(mesh="data=2,fsdp=2,tensor=2")),
+    Case("llama", Parallelism(mesh="data=2,context=4")),
+    Case("llama", Parallelism(mesh="pipeline=2,data=4", micro_batches=4)),
+    Case("llama", Parallelism(mesh="pipeline=2,fsdp=2,tensor=2", micro_batches=4, schedule="interleaved", stages=2)),
+    Case("llama", Parallelism(mesh="pipeline=2,data=2,context=2", micro_batches=4, schedule="1f1b")),
+    Case("llama", Parallelism(mesh="pipeline=4,tensor=2", micro_batches=4, remat="full")),
+    Case("mixtral", Parallelism(mesh="data=2,expert=2,tensor=2")),
+    Case("mixtral", Parallelism(mesh="pipeline=2,fsdp=2,expert=2", micro_batches=4, schedule="1f1b")),
 ]
 EXPECTED = {
     "data": "all-reduce",  # of gradients
@@ -62,7 +63,7 @@ RULES = {
 
 def run(*cases: Case) -> list[dict[str, Any]]:
     """Trains in a process with eight devices."""
-    texts = [json.dumps(dataclasses.asdict(case)) for case in cases]
+    texts = [json.dumps([case.model, dataclasses.asdict(case.parallelism)]) for case in cases]
     done = subprocess.run([sys.executable, "-m", "tests.train.meshes", *texts], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -70,7 +71,7 @@ def run(*cases: Case) -> list[dict[str, Any]]:
 
 @cache
 def on_one_device(model: str) -> list[float]:
-    [result] = run(Case(model=model))
+    [result] = run(Case(model, Parallelism(mesh="data=1")))
     return result["losses"]
 
 
@@ -83,7 +84,7 @@ def cheap_results() -> dict[Case, dict[str, Any]]:
 def check(case: Case, result: dict[str, Any]) -> None:
     assert result["losses"] == pytest.approx(on_one_device(case.model), abs=1e-5)
     assert result["losses"][-1] < result["losses"][0] - 0.5
-    mesh, tree = parse_mesh(case.mesh), resolve(MODELS[case.model]).params(stacked=True)
+    mesh, tree = parse_mesh(case.parallelism.mesh), resolve(MODELS[case.model]).params(stacked=True)
     expected, largest = 0, 0
     for _, p in params.leaves(tree):
         ways = [mesh.get(RULES.get(axis, ""), 1) for axis in p.axes.split()]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,45 +15,41 @@ from tenfold.base.errors import ConfigError
 from tenfold.data.packing import Rows
 from tenfold.models.family import resolve
 from tenfold.nn import param as params
-from tenfold.nn.stack import Placement
-from tenfold.parallel.layout import Layout
-from tenfold.parallel.mesh import parse_mesh
-from tenfold.parallel.schedule import make_schedule
 from tenfold.parallel.sharding import make_mesh
-from tenfold.train.loss import full_training, staged_full_training
-from tenfold.train.pipeline import pipelined
+from tenfold.train.loss import staged_full_training
+from tenfold.train.parallelism import Parallelism
 from tenfold.train.plan import Plan, plan_step, use_virtual_devices
 from tenfold.train.state import abstract_state
-from tenfold.train.step import accumulate, make_step
+from tenfold.train.step import make_step
 from tests.train.cases import MODELS
 
 LENGTH = 64
 
 
-def make_plan(
-    mesh_text: str, rows: int, *, model_changes: dict[str, Any] | None = None, micro_batches: int = 1
-) -> Plan:
+@pytest.fixture(autouse=True)
+def mixed_dtypes() -> Iterator[None]:
+    """optax multiplies floats with integer step counts, which the suite's strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def make_plan(parallelism: Parallelism, rows: int, model_changes: dict[str, Any] | None = None) -> Plan:
     model = resolve(MODELS["llama"] | (model_changes or {}))
-    layout = Layout(make_mesh(parse_mesh(mesh_text)))
-    layout.check(rows, LENGTH, micro_batches)
-    placement = Placement(layout=layout, remat="full")
+    placement = parallelism.make_placement()
+    layout = placement.layout
+    layout.check(rows, LENGTH, parallelism.micro_batches)
     tree = model.params(stacked=True)
     shardings = params.shardings(tree, layout.mesh)
-    schedule, devices = None, layout.size("pipeline")
-    if devices > 1:
-        schedule = make_schedule("1f1b", devices, micro_batches)
-        grad = pipelined(staged_full_training(model), schedule, placement, shardings)
-    else:
-        grad = accumulate(full_training(model, placement), micro_batches)
+    grad = parallelism.make_grad(staged_full_training(model), placement, shardings)
     optimizer = optax.adam(1e-3)
     state = abstract_state(optimizer, params.abstract(tree, np.float32), shardings)
     whole = jax.ShapeDtypeStruct((rows, LENGTH), np.int32, sharding=layout.rows)
     batch = Rows(whole, whole, whole, jax.ShapeDtypeStruct((rows, LENGTH), np.float32, sharding=layout.rows))
-    return plan_step(make_step(grad, optimizer), state, {}, batch, layout, schedule)
+    return plan_step(make_step(grad, optimizer), state, {}, batch, layout, parallelism.make_schedule(layout))
 
 
 def test_a_plan_counts_what_devices_hold_and_send() -> None:
-    plan = make_plan("data=2,tensor=2", 4)
+    plan = make_plan(Parallelism(mesh="data=2,tensor=2", remat="full"), 4)
     tree = resolve(MODELS["llama"]).params(stacked=True)
     mesh = make_mesh({"data": 2, "tensor": 2})
     held = params.device_nbytes(tree, np.float32, mesh)
@@ -91,11 +88,10 @@ def plan_for_hundreds() -> None:
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 32000,
     }  # fmt: skip
-    plan = make_plan("pipeline=4,data=2,fsdp=16,tensor=4", 512, model_changes=changes, micro_batches=8)
+    mesh = "pipeline=4,data=2,fsdp=16,tensor=4"
+    plan = make_plan(Parallelism(mesh=mesh, remat="full", schedule="1f1b", micro_batches=8), 512, changes)
     print(plan, file=sys.stderr)
-    permuted = sum(
-        nbytes for (kind, axes), nbytes in plan.traffic.items() if (kind, axes) == ("collective-permute", ("pipeline",))
-    )
+    permuted = plan.traffic["collective-permute", ("pipeline",)]
     print(json.dumps({"bubble": plan.bubble, "weights": plan.weights, "permuted": permuted}))
 
 

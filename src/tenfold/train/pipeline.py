@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from tenfold.base.errors import ConfigError
 from tenfold.nn.param import Tree
 from tenfold.nn.stack import Placement
-from tenfold.parallel.layout import current
+from tenfold.parallel.layout import Layout, current
 from tenfold.parallel.schedule import Schedule
 from tenfold.parallel.timetable import Timetable, Work, make_timetable
 from tenfold.train.loss import LossSum, StagedLoss
@@ -86,6 +86,8 @@ def pipelined(loss: StagedLoss, schedule: Schedule, placement: Placement, shardi
     mesh, table = layout.mesh, make_timetable(schedule)
 
     def grad(trainable: Tree, frozen: Tree, batch: Any) -> tuple[LossSum, Tree]:
+        if shardings is not None:
+            trainable = _map_leaves(_same, functools.partial(_gathered, layout), trainable, shardings)
         specs = [
             _map_leaves(lambda _: PartitionSpec(None, AXIS), lambda _: PartitionSpec(), tree)
             for tree in (trainable, frozen)
@@ -182,6 +184,9 @@ class _Program:
             made = made._replace(sums=sums)
         else:
             gradients, to_x = jax.vjp(pass_on, trainable, x)[1](to_y)
+        if self.shardings is not None:  # else the sums' shards become those of the scatter to the embedding
+            gather = functools.partial(_gathered, self.placement.layout)
+            gradients = _map_leaves(_same, gather, gradients, self.shardings)
         return made._replace(to_x=to_x, gradients=_in_float32(gradients))
 
     def _nothing(self, given: _Given) -> _Made:
@@ -224,8 +229,14 @@ def _map_leaves(stacked: Callable[..., Any], other: Callable[..., Any], tree: Tr
     return jax.tree_util.tree_map_with_path(apply, tree, *more)
 
 
-def _same(x: jax.Array) -> jax.Array:
+def _same(x: jax.Array, *_: Any) -> jax.Array:
     return x
+
+
+def _gathered(layout: Layout, w: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """A weight outside the layers, or its gradient, in whole rows of what the axes of rows split: gathered once in a
+    step, not in every tick. XLA cannot look up an embedding both of whose dims are split, where an axis is manual."""
+    return layout.constrain(w, *(None if dim in layout.row_axes else dim for dim in sharding.spec))
 
 
 def _to_stages(w: jax.Array, schedule: Schedule) -> jax.Array:
