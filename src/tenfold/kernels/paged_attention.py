@@ -301,26 +301,31 @@ def attend_rows(
         q: packed queries.
         dim: V.
         batch: the rows.
-        pages: that `attend` reads at a time; tables are padded to a multiple.
+        pages: that `attend` reads at a time.
         decode_only: every row has one query token.
     """
+    batch = pad_tables(batch, pages)
+    out = attend_decodes(attend, q, dim, batch)
+    return out if decode_only else attend_prefills(attend, q, out, batch)
+
+
+def pad_tables(batch: RaggedBatch, pages: int) -> RaggedBatch:
+    """The batch with tables for whole groups of rows, and of a multiple of `pages` blocks."""
+    rows, blocks = batch.block_tables.shape
+    return batch._replace(block_tables=jnp.pad(batch.block_tables, ((0, -rows % DECODE_ROWS), (0, -blocks % pages))))
+
+
+def attend_decodes(
+    attend: Callable[..., jax.Array], q: Float[Array, "T H K"], dim: int, batch: RaggedBatch
+) -> Float[Array, "T H V"]:
+    """The rows with one query token, several at a time: token r is row r. Those of other rows become zeros.
+
+    Arguments are those of `attend_rows`, with a batch of `pad_tables`.
+    """
     T = q.shape[0]
-    tables = batch.block_tables
-    tables = jnp.pad(tables, ((0, -tables.shape[0] % DECODE_ROWS), (0, -tables.shape[1] % pages)))
-    batch = batch._replace(block_tables=tables)
-    out = jnp.zeros((T + QUERY_BLOCK, q.shape[1], dim), q.dtype)
-    q = jnp.pad(q, ((0, QUERY_BLOCK), (0, 0), (0, 0)))
-    out = _decode_rows(attend, q, out, batch, min(DECODE_ROWS, T))
-    if not decode_only:
-        out = _prefill_blocks(attend, q, out, batch)
-    return out[:T]
-
-
-def _decode_rows(
-    attend: Callable[..., jax.Array], q: jax.Array, out: jax.Array, batch: RaggedBatch, rows: int
-) -> jax.Array:
-    """The rows with one query token, `rows` at a time: token r is row r."""
+    rows = min(DECODE_ROWS, T)
     kv_lens = jnp.pad(batch.kv_lens, (0, rows))
+    q = jnp.pad(q, ((0, rows), (0, 0), (0, 0)))
 
     def group(i: jax.Array, out: jax.Array) -> jax.Array:
         first = i * rows
@@ -331,29 +336,41 @@ def _decode_rows(
         o = attend(queries[:, None], tables=tables, positions=lens[:, None] - 1)
         return jax.lax.dynamic_update_slice_in_dim(out, o[:, 0].astype(out.dtype), first, 0)
 
-    return jax.lax.fori_loop(0, (batch.num_decodes + rows - 1) // rows, group, out)
+    out = jnp.zeros((T + rows, q.shape[1], dim), q.dtype)
+    return jax.lax.fori_loop(0, (batch.num_decodes + rows - 1) // rows, group, out)[:T]
 
 
-def _prefill_blocks(attend: Callable[..., jax.Array], q: jax.Array, out: jax.Array, batch: RaggedBatch) -> jax.Array:
-    """The other rows, in blocks of queries of one sequence. What a block writes past its row, the next overwrites."""
-    S = batch.kv_lens.shape[0]
+def attend_prefills(
+    attend: Callable[..., jax.Array],
+    q: Float[Array, "T H K"],
+    out: Float[Array, "T H V"],
+    batch: RaggedBatch,
+    size: int = QUERY_BLOCK,
+) -> Float[Array, "T H V"]:
+    """The other rows, in blocks of `size` queries of one sequence, into `out`.
+
+    Arguments are those of `attend_rows`, with a batch of `pad_tables`. What a block writes past its row, the next
+    overwrites.
+    """
+    T, S = q.shape[0], batch.kv_lens.shape[0]
     row = jnp.arange(S)
     lengths = batch.query_starts[1:] - batch.query_starts[:-1]
     prefills = (row >= batch.num_decodes) & (row < batch.num_seqs)
-    ends = jnp.cumsum(jnp.where(prefills, (lengths + QUERY_BLOCK - 1) // QUERY_BLOCK, 0))
+    ends = jnp.cumsum(jnp.where(prefills, (lengths + size - 1) // size, 0))
+    q, out = (jnp.pad(x, ((0, size), (0, 0), (0, 0))) for x in (q, out))
 
     def block(i: jax.Array, out: jax.Array) -> jax.Array:
         r = jnp.searchsorted(ends, i, side="right")
-        skipped = (i - (ends[r] - (lengths[r] + QUERY_BLOCK - 1) // QUERY_BLOCK)) * QUERY_BLOCK
+        skipped = (i - (ends[r] - (lengths[r] + size - 1) // size)) * size
         start = batch.query_starts[r] + skipped
         first = batch.kv_lens[r] - lengths[r] + skipped
-        positions = first + jnp.arange(QUERY_BLOCK)
+        positions = first + jnp.arange(size)
         positions = jnp.where(positions < batch.kv_lens[r], positions, -1)
-        queries = jax.lax.dynamic_slice_in_dim(q, start, QUERY_BLOCK)
+        queries = jax.lax.dynamic_slice_in_dim(q, start, size)
         o = attend(queries[None], tables=batch.block_tables[r][None], positions=positions[None])
         return jax.lax.dynamic_update_slice_in_dim(out, o[0].astype(out.dtype), start, 0)
 
-    return jax.lax.fori_loop(0, ends[-1], block, out)
+    return jax.lax.fori_loop(0, ends[-1], block, out)[:T]
 
 
 @partial(jax.jit, static_argnames=("spec", "pages"))  # traced once for all the layers that call it alike

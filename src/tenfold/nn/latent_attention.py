@@ -91,7 +91,7 @@ def latent_attention_params(at: str, c: LatentSizes) -> dict[str, Param]:
             (c.D, c.R + c.Kr), "embed latent", f"{at}.kv_a_proj_with_mqa.weight", "R D -> D R", inputs="embed"
         ),
         "kv_a_norm": param((c.R,), "latent", f"{at}.kv_a_layernorm.weight", init="ones"),
-        # Not a matrix of a product with activations: its halves map queries to latents, and latents to values.
+        # Not a matrix of a product with activations: of a decode, its halves map queries to latents and back.
         "kv_b": param((c.H, c.K + c.V, c.R), "heads head_dim latent", f"{at}.kv_b_proj.weight", "(H K) R -> H K R"),
         "o": param(
             (c.H, c.V, c.D), "heads head_dim embed", f"{at}.o_proj.weight", "D (H V) -> H V D", inputs="heads head_dim"
@@ -132,7 +132,5 @@ def latent_attention(
     q_rotated = rotate(q_rotated, *cos_sin, interleaved=c.interleaved)
     k_rotated = rotate(k_rotated[:, None], *cos_sin, interleaved=c.interleaved)[:, 0]
     to_keys, to_values = jnp.split(w["kv_b"], (c.K,), axis=1)
-    q = jnp.einsum("thk,hkr->thr", q, to_keys)
-    o, cache = attend(Latents(q, q_rotated, latent, k_rotated), cache, c.spec)
-    o = jnp.einsum("thr,hvr->thv", o.astype(x.dtype), to_values)
-    return project(o.reshape(x.shape[0], -1), w["o"], w.get("o_bias")), cache
+    o, cache = attend(Latents(q, q_rotated, latent, k_rotated, to_keys, to_values), cache, c.spec)
+    return project(o.astype(x.dtype).reshape(x.shape[0], -1), w["o"], w.get("o_bias")), cache
