@@ -68,7 +68,7 @@ def ask(model: Path | None, questions: list[tuple[str, str]]) -> float:
 
 def main() -> None:
     """Prints the share of right answers before and after."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="directory that keeps the models")
     parser.add_argument("--steps", type=int, default=120, help="of fine-tuning, of 2,048 tokens each")
     parser.add_argument("--seed", type=int, default=0, help="of the draw and of training")

@@ -4,10 +4,11 @@ import hashlib
 import re
 import shutil
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -174,7 +175,8 @@ def fetch_files(where: str, files: Sequence[str], *, progress: bool = False) -> 
     if scheme in _OBJECT_STORES:
         directory, _, name = where.rpartition("/") if Path(where).suffix else (where.rstrip("/"), "", "")
         with _opened(where, directory) as store:
-            listed: list[ObjectMeta] = [o for part in store.list() for o in part]
+            parts: Iterable[Sequence[ObjectMeta]] = store.list()  # pyright: ignore[reportUnknownMemberType]
+            listed = list(chain.from_iterable(parts))
             wanted = [o for o in listed if (o["path"] == name if name else matches(Path(o["path"]).name, files))]
             if not wanted:
                 raise CheckpointError(f"{where} has none of {', '.join(files)}; check the URI")

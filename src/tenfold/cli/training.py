@@ -222,7 +222,7 @@ def trains(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., Non
             training = train_config(**{p.name: given.pop(p.name) for p in shared})
             command(**given, training=training)
 
-        run.__signature__ = inspect.Signature([*own, *shared])  # pyright: ignore[reportFunctionMemberAccess]
+        run.__signature__ = inspect.Signature([*own, *shared])  # pyright: ignore[reportAttributeAccessIssue]
         run.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}  # what typer reads
         return run
 

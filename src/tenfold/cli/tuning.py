@@ -135,7 +135,7 @@ def tunes(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None
             config = tuning_config(given.pop("training"), **{p.name: given.pop(p.name) for p in shared})
             command(**given, tuning=config)
 
-        run.__signature__ = inspect.Signature([*own, *shared, training])  # pyright: ignore[reportFunctionMemberAccess]
+        run.__signature__ = inspect.Signature([*own, *shared, training])  # pyright: ignore[reportAttributeAccessIssue]
         return options.trains(**defaults)(run)
 
     return decorate

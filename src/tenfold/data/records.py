@@ -9,7 +9,7 @@ import bisect
 import hashlib
 import json
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -252,19 +252,19 @@ class _ArrowRows:
 def _check_schema(shown: Path, schema: Any, columns: Mapping[str, type]) -> None:
     import pyarrow as pa  # noqa: PLC0415 -- an extra
 
-    fits = {
-        str: lambda t: pa.types.is_string(t) or pa.types.is_large_string(t),
-        list: lambda t: pa.types.is_list(t) or pa.types.is_large_list(t),
-        dict: pa.types.is_struct,
-        bool: pa.types.is_boolean,
-        int: pa.types.is_integer,
-        float: pa.types.is_floating,
+    fits: dict[type, Sequence[Callable[[Any], bool]]] = {
+        str: (pa.types.is_string, pa.types.is_large_string),
+        list: (pa.types.is_list, pa.types.is_large_list),
+        dict: (pa.types.is_struct,),
+        bool: (pa.types.is_boolean,),
+        int: (pa.types.is_integer,),
+        float: (pa.types.is_floating,),
     }
     for column, kind in columns.items():
         if column not in schema.names:
             raise _missing_column(str(shown), column, schema.names)
         found = schema.field(column).type
-        if not fits[kind](found):
+        if not any(fit(found) for fit in fits[kind]):
             raise DataError(f"{shown}: the column {column!r} must be {_KINDS[kind]}; it is {found}")
 
 
@@ -281,13 +281,19 @@ def _unpack_parquet(file: Path, columns: Mapping[str, type]) -> Path:
         return unpacked
     try:
         with pq.ParquetFile(file) as packed:
-            schema = packed.schema_arrow
-            _check_schema(file, schema, columns)
+            _check_schema(file, packed.schema_arrow, columns)
             unpacked.parent.mkdir(parents=True, exist_ok=True)
-            wanted = pa.schema([schema.field(column) for column in columns])
-            with atomic_write(unpacked) as target, pa.ipc.new_stream(target, wanted) as writer:
-                for batch in packed.iter_batches(columns=list(columns)):
-                    writer.write_batch(batch.select(list(columns)))
+            with atomic_write(unpacked) as target:
+                _copy_columns(packed, list(columns), target)
     except pa.ArrowInvalid as error:
         raise DataError(f"{file} is damaged or no Parquet file: {error}") from None
     return unpacked
+
+
+def _copy_columns(packed: Any, columns: list[str], target: Any) -> None:
+    import pyarrow as pa  # noqa: PLC0415 -- an extra
+
+    wanted = pa.schema([packed.schema_arrow.field(column) for column in columns])
+    with pa.ipc.new_stream(target, wanted) as writer:
+        for batch in packed.iter_batches(columns=columns):
+            writer.write_batch(batch.select(columns))  # pyright: ignore[reportUnknownMemberType]

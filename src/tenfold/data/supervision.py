@@ -72,13 +72,13 @@ def find_answers(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[str
     return text, [span for span, weight in zip(spans, weights, strict=True) if weight != 0]
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], **more: Any) -> str:
+def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, answering: bool = False, marked: bool = False) -> str:
     plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    return tokenizer.apply_chat_template(plain, **{"add_generation_prompt": False, **more})
+    return tokenizer.apply_chat_template(plain, add_generation_prompt=answering, mark_answers=marked)
 
 
 def _marked(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-    marked = _render(tokenizer, messages, mark_answers=True)
+    marked = _render(tokenizer, messages, marked=True)
     pieces: list[str] = []
     spans: list[Span] = []
     at = 0
@@ -100,7 +100,7 @@ def _between(tokenizer: Tokenizer, messages: Sequence[Message], index: int, text
     """Where an answer is in the text of the whole conversation."""
     if index == 0:
         raise DataError("the conversation begins with a message of the assistant; put what it answers before it")
-    before = _render(tokenizer, messages[:index], add_generation_prompt=True)
+    before = _render(tokenizer, messages[:index], answering=True)
     after = _render(tokenizer, messages[: index + 1])
     if not (text.startswith(after) and after.startswith(before)):
         raise DataError(

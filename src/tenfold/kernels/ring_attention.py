@@ -100,7 +100,8 @@ def _forward(
 
         def earlier(known: _Softmax, passing: Any) -> _Softmax:
             k, v, at = passing
-            return _attend(known, q, *_half(0, (k, v)), places, _half(0, at), spec)
+            k, v, at = _half(0, (k, v, at))
+            return _attend(known, q, k, v, places, at, spec)
 
         def later(known: _Softmax, passing: Any) -> _Softmax:
             k, v, at = passing
@@ -153,7 +154,8 @@ def _backward(spec: AttentionSpec, axis: str, size: int, saved: Any, to_o: jax.A
 
         def earlier(to_q: jax.Array, given: Any, passing: Any) -> Any:
             (to_k, to_v), (k, v, at) = given, passing
-            more_q, more_k, more_v = _pull(queries, *_half(0, (k, v)), _half(0, at), spec)
+            k, v, at = _half(0, (k, v, at))
+            more_q, more_k, more_v = _pull(queries, k, v, at, spec)
             return to_q + more_q, (to_k.at[:, : N // 2].add(more_k), to_v.at[:, : N // 2].add(more_v))
 
         def later(to_q: jax.Array, given: Any, passing: Any) -> Any:

@@ -92,7 +92,8 @@ def _attend_ring(
 
     def attend(shares: Any, sinks: jax.Array | None) -> jax.Array:
         q, k, v, places = jax.tree.map(lambda x: x[0], shares)
-        return ring_attention(q, k, v, sinks, places, spec, "context", layout.context)[None]
+        o: jax.Array = ring_attention(q, k, v, sinks, places, spec, "context", layout.context)
+        return o[None]
 
     split, whole = PartitionSpec("context"), PartitionSpec()
     go_round = jax.shard_map(

@@ -88,7 +88,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         name = self.config.metric_for_best_model
-        chosen = {name: metrics[name]} if metrics and name in metrics else None
+        chosen = {name: metrics[name]} if name and metrics and name in metrics else None
         self._manager.save(
             step,
             args=ocp.args.Composite(**{

@@ -54,5 +54,7 @@ class Parallelism:
         """
         schedule = self.make_schedule(placement.layout)
         if schedule is None:
-            return accumulate(lambda *given: loss.sums(*given, placement), self.micro_batches)
+            return accumulate(
+                lambda trained, frozen, batch: loss.sums(trained, frozen, batch, placement), self.micro_batches
+            )
         return pipelined(loss, schedule, placement, shardings)

@@ -316,7 +316,7 @@ class _Run:
         tokens = jax.tree.leaves(pending.batch)[0].size * jax.process_count()
         numbers = {
             **metrics,
-            "learning_rate": float(self._rate(pending.step - 1)),
+            "learning_rate": float(np.asarray(self._rate(pending.step - 1))),
             "tokens_per_s": round(tokens / seconds, 1),
             "data_share": round(self._clock.share("data"), 4),
             "goodput": round(self._clock.goodput, 4),
@@ -351,7 +351,8 @@ class _Run:
         """Writes a batch, so that it can be looked at."""
         path = self._run_dir / f"batch-{bad.batch_number}-of-process-{jax.process_index()}.npz"
         named = jax.tree_util.tree_leaves_with_path(bad.batch)
-        np.savez(path, **{jax.tree_util.keystr(at, simple=True): np.asarray(x) for at, x in named})
+        arrays: dict[str, Any] = {jax.tree_util.keystr(at, simple=True): np.asarray(x) for at, x in named}
+        np.savez(path, **arrays)
         return path
 
     def _profile(self, step: int, *, begins: bool) -> None:
