@@ -324,7 +324,7 @@ class _Run:
             "goodput": round(self._clock.goodput, 4),
         }
         if self._peak:
-            numbers["mfu"] = round(self._job.flops_per_token * tokens / seconds / self._peak, 5)
+            numbers["mfu"] = self._job.flops_per_token * tokens / seconds / self._peak
         self._events.write({"step": pending.step, **numbers})
         for reporter in self._reporters:
             reporter.report(pending.step, numbers)
