@@ -102,7 +102,7 @@ def pipelined(loss: StagedLoss, schedule: Schedule, placement: Placement, shardi
             check_vma=False,  # models start their loops with constants, which vary over no axis
         )
         parts = jax.tree.map(lambda x: deal(x, schedule.micro_batches), batch)
-        sums, gradients = on_devices(*staged, parts, jax.tree.map(jnp.asarray, table))
+        sums, gradients = on_devices(staged[0], staged[1], parts, jax.tree.map(jnp.asarray, table))
         return sums, _map_leaves(lambda g: g.reshape(-1, *g.shape[3:]), _same, gradients)
 
     return grad
@@ -150,8 +150,11 @@ class _Program:
         """Empty slots, of which one more than are used takes what nobody needs, and sums of zero."""
         layout = self.placement.layout
         given = _stage_of(trainable, 0), _stage_of(frozen, 0), jax.tree.map(lambda part: part[0], parts)
-        activation = jax.eval_shape(lambda *given: self.loss.pass_on(*given, self._at(None)), *given)
-        sums = jax.eval_shape(lambda *given: self.loss.sums(*given, self._at(None)), *given)
+
+        def made_by(part: Callable[[Tree, Tree, Any, Placement], Any]) -> Any:
+            return jax.eval_shape(lambda t, f, batch: part(t, f, batch, self._at(None)), *given)
+
+        activation, sums = made_by(self.loss.pass_on), made_by(self.loss.sums)
         slots = [
             layout.constrain(jnp.zeros((n + 1, *activation.shape), activation.dtype), None, layout.token_axes, None)
             for n in (self.table.input_slots, self.table.gradient_slots)
