@@ -3,10 +3,9 @@
 It is run as a process of its own, because the number of devices is fixed when jax is first used. What is compiled runs
 for milliseconds, so it is not optimised.
 
-    python -m tests.train.meshes CASE...
+    python -m tests.train.meshes CASE...    each a model and the fields of `Parallelism`, as JSON
 """
 
-import dataclasses
 import json
 import os
 import sys
@@ -20,60 +19,16 @@ import numpy as np
 import optax
 
 from tenfold.data.packing import Rows
-from tenfold.models.family import Model, resolve
+from tenfold.models.family import resolve
 from tenfold.nn import param as params
 from tenfold.nn.param import Tree
-from tenfold.nn.stack import Placement
-from tenfold.parallel.layout import Layout
-from tenfold.parallel.mesh import parse_mesh
-from tenfold.parallel.sharding import make_mesh
-from tenfold.train.loss import full_training
+from tenfold.train.loss import staged_full_training
+from tenfold.train.parallelism import Parallelism
 from tenfold.train.state import init_state
-from tenfold.train.step import accumulate, make_step
+from tenfold.train.step import make_step
+from tests.train.cases import MODELS, VOCAB, Case
 
-STEPS, ROWS, LENGTH, VOCAB = 20, 16, 16, 48
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-}
-MODELS = {
-    "llama": LLAMA,
-    "mixtral": LLAMA
-    | {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "num_hidden_layers": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    },
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """A model, and how it is trained; written as its fields' values, separated by spaces, in their order."""
-
-    model: str = "llama"
-    mesh: str = ""
-    micro_batches: int = 1
-    remat: Any = "none"
-
-    @classmethod
-    def parse(cls, text: str) -> "Case":
-        model, mesh, micro_batches, remat = text.split(" ")
-        return cls(model=model, mesh=mesh, micro_batches=int(micro_batches), remat=remat)
-
-    def __str__(self) -> str:
-        return f"{self.model} {self.mesh} {self.micro_batches} {self.remat}"
+STEPS, ROWS, LENGTH = 20, 16, 16
 
 
 def make_batches() -> list[Rows]:
@@ -95,31 +50,27 @@ def make_batches() -> list[Rows]:
 
 def train(case: Case) -> dict[str, Any]:
     """The losses of 20 steps, the collectives of the compiled step, and the bytes of weights on each device."""
-    model, shape = resolve(MODELS[case.model]), parse_mesh(case.mesh.replace("-", ""), 8)
-    mesh = make_mesh(shape)
-    layout = Layout(mesh)
-    layout.check(ROWS, LENGTH, case.micro_batches)
+    model, parallelism = resolve(MODELS[case.model]), case.parallelism
+    placement = parallelism.make_placement()
+    layout = placement.layout
+    layout.check(ROWS, LENGTH, parallelism.micro_batches)
     tree = model.params(stacked=True)
-    placed = params.shardings(tree, mesh)
+    placed = params.shardings(tree, layout.mesh)
     weights = jax.device_put(draw(tree), placed)
     optimizer = optax.adamw(1e-2)
     state = init_state(optimizer, weights, placed)
-    step = make_step(make_grad(model, layout, case), optimizer)
+    step = make_step(parallelism.make_grad(staged_full_training(model), placement, placed), optimizer)
     batches = [jax.device_put(batch, layout.rows) for batch in make_batches()]
     compiled = jax.jit(step, donate_argnums=0).lower(state, {}, batches[0]).compile()
     losses: list[float] = []
     for i in range(STEPS):
         state, metrics = compiled(state, {}, batches[i % len(batches)])
         losses.append(float(metrics["loss"]))
-    held = {device.id: 0 for device in mesh.devices.flat}
+    held = {device.id: 0 for device in layout.mesh.devices.flat}
     for array in jax.tree.leaves(state.trainable):
         for shard in array.addressable_shards:
             held[shard.device.id] += shard.data.nbytes
     return {"losses": losses, "hlo": compiled.as_text(), "held": sorted(held.values())}
-
-
-def make_grad(model: Model, layout: Layout, case: Case) -> Any:
-    return accumulate(full_training(model, Placement(layout=layout, remat=case.remat)), case.micro_batches)
 
 
 def draw(tree: Tree) -> Tree:
@@ -136,4 +87,5 @@ def draw(tree: Tree) -> Tree:
 if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "standard")  # optax multiplies floats with integers
     for text in sys.argv[1:]:
-        print(json.dumps(train(Case.parse(text))), flush=True)
+        model, fields = json.loads(text)
+        print(json.dumps(train(Case(model, Parallelism(**fields)))), flush=True)

@@ -57,3 +57,7 @@ class OverloadedError(TenfoldError):
 
 class EngineDeadError(TenfoldError):
     """The engine's process died or stalled with this request in flight; it is being restarted."""
+
+
+class HostLostError(TenfoldError):
+    """Another host of the same run is gone, so that this one cannot go on."""

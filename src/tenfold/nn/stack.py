@@ -171,9 +171,9 @@ def _run_placed(
     layers, placement = placed.layers, placed.placement
 
     def run(x: Any, params: Tree, kind: Any, cache: Any) -> tuple[Any, Any]:
-        return block(_constrain(placement.layout, x), params, kind, cache)
+        return block(_constrain(placement.layout, x), params | {"layout": placement.layout}, kind, cache)
 
-    kept = _remat(run, placement.remat)
+    kept, x = _remat(run, placement.remat), _constrain(placement.layout, x)
     if not placement.stage:
         x, caches = run_layers(kept, layers, kinds, x, sources=sources)
         return _constrain(placement.layout, x), caches

@@ -6,8 +6,8 @@ Dims: N rows, L tokens of a row, D model width.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Float32
 
 from tenfold.data.packing import Rows
@@ -69,7 +69,9 @@ def next_token_loss(params: Tree, model: Model, rows: Rows, placement: Placement
     # The last token of a row is followed by none.
     following = (jnp.pad(jnp.asarray(x)[:, 1:], ((0, 0), (0, 1))) for x in (rows.tokens, rows.weights))
     targets, weights = map(placement.layout.flatten, following)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    # Picked by comparing, which leaves a vocabulary that is spread over devices where it is.
+    is_target = targets[:, None] == jnp.arange(logits.shape[1])[None]
+    losses = jax.nn.logsumexp(logits, axis=1) - jnp.where(is_target, logits, 0).sum(1)
     return LossSum((losses * weights).sum(), weights.sum(), {})
 
 
@@ -81,3 +83,28 @@ def full_training(model: Model, placement: Placement = PLAIN) -> Loss:
         return next_token_loss(trainable, model, rows, placement)
 
     return loss
+
+
+class StagedLoss(NamedTuple):
+    """A loss in the parts that the stages of a pipeline compute; all are given the placement that says which.
+
+    Attributes:
+        pass_on: (trainable, frozen, batch, placement) -> what the stage passes on to the next.
+        sums: likewise, the sums, by the last stage.
+    """
+
+    pass_on: Callable[[Tree, Tree, Any, Placement], Float[Array, "T D"]]
+    sums: Callable[[Tree, Tree, Any, Placement], LossSum]
+
+
+def staged_full_training(model: Model) -> StagedLoss:
+    """What `full_training` computes, for a pipeline."""
+
+    def pass_on(trainable: Tree, frozen: Tree, rows: Rows, placement: Placement) -> Float[Array, "T D"]:
+        del frozen
+        return flat_states(trainable, model, rows, placement)[1][0]
+
+    def sums(trainable: Tree, frozen: Tree, rows: Rows, placement: Placement) -> LossSum:
+        return full_training(model, placement)(trainable, frozen, rows)
+
+    return StagedLoss(pass_on, sums)

@@ -38,7 +38,7 @@ def accumulate(loss: Loss, micro_batches: int = 1) -> Grad:
     def grad(trainable: Tree, frozen: Tree, batch: Any) -> tuple[LossSum, Tree]:
         if micro_batches == 1:
             return one(trainable, frozen, batch)
-        parts = jax.tree.map(lambda x: _deal(x, micro_batches), batch)
+        parts = jax.tree.map(lambda x: deal(x, micro_batches), batch)
 
         def body(summed: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, summed, one(trainable, frozen, part)), None
@@ -51,7 +51,7 @@ def accumulate(loss: Loss, micro_batches: int = 1) -> Grad:
     return grad
 
 
-def _deal(x: jax.Array, parts: int) -> jax.Array:
+def deal(x: jax.Array, parts: int) -> jax.Array:
     """[R, ...] -> [parts, R / parts, ...], like cards."""
     return jnp.asarray(x).reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 

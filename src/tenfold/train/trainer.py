@@ -22,6 +22,7 @@ from jax.sharding import SingleDeviceSharding
 
 from tenfold.base.errors import ConfigError, TrainingError
 from tenfold.nn.param import Tree, abstract
+from tenfold.parallel.hosts import watching_hosts
 from tenfold.parallel.layout import NOWHERE, Layout
 from tenfold.train.batches import Batches
 from tenfold.train.checkpoints import CheckpointConfig, Checkpoints, gather
@@ -140,9 +141,10 @@ def train(
         ConfigError: the options do not fit each other, the batches, the mesh, or the checkpoint.
         CheckpointError: there are checkpoints, and all are damaged.
         TrainingError: a loss was bad; says which batch's, and where that was written.
+        HostLostError: another host of the run is gone.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
+    with ExitStack() as stack, watching_hosts():
         stop = stack.enter_context(told_to_stop())
         return _Run(job, config, batches, run_dir, evaluate, stack).run(stop)
 
