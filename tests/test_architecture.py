@@ -50,6 +50,7 @@ FLAGS = {
     "tenfold train pretrain": {
         *("--output", "--dataset", "--model", "--from-scratch", "--dataset-weight", "--split", "--validation"),
         *("--text-column", "--max-length", "--batch-size", "--seed", "--mesh"),
+        *("--remat", "--pipeline-schedule", "--pipeline-stages", "--plan"),
         *TRAINING_FLAGS,
     },
     "tenfold train evaluate": {

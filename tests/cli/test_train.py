@@ -43,6 +43,18 @@ def test_a_model_is_trained_by_the_options(tmp_path: Path) -> None:
     assert (config["steps"], config["gradient_accumulation_steps"], config["dtype"]) == (3, 2, "bfloat16")
 
 
+def test_a_step_is_planned_for_devices_that_are_not_here(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "model", layers=2, max_len=64)
+    done = run(
+        *("--model", tmp_path / "model", "--output", tmp_path / "out", "--dataset", "none.txt", "--max-length", "64"),
+        *("--mesh", "data=8,fsdp=4", "--batch-size", "64", "--remat", "full", "--plan"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("32 devices: data=8 · fsdp=4\n")
+    assert "all-gather along fsdp" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path / "model", layers=1, max_len=64)
     (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')

@@ -87,7 +87,8 @@ def test_a_long_text_is_scored_token_by_token_once(path: Path, answers: Answers)
 
 def test_generation_ends_at_a_stop_string(answers: Answers) -> None:
     (whole,) = answers.generate_until([Request(("abc", {"until": [], "max_gen_toks": 12}))], disable_tqdm=True)
-    stop = whole[3:5]
+    assert len(whole) >= 4
+    stop = whole[len(whole) // 2 :][:2]
     (cut,) = answers.generate_until([Request(("abc", {"until": stop, "max_gen_toks": 12}))], disable_tqdm=True)
     assert cut == whole[: whole.index(stop)]
     with pytest.raises(ConfigError, match="asks for 256 tokens; the model has 48"):

@@ -54,7 +54,9 @@ def test_when_one_is_killed_the_other_ends_and_says_why(victim: int, tmp_path: P
     survivor = processes[1 - victim]
     survivor.communicate(timeout=120)
     assert survivor.returncode != 0
-    assert "HostLostError: process" in (tmp_path / f"{1 - victim}.err").read_text()
+    said = (tmp_path / f"{1 - victim}.err").read_text()
+    # Where the first process is gone, jax may find that out before the devices do, and ends the others itself.
+    assert "HostLostError: process" in said or (victim == 0 and "distributed service" in said), said[-2000:]
 
 
 def test_a_process_alone_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,7 @@ def make_config(steps: int, **changes: Any) -> TrainConfig:
         steps=steps,
         optimizer=OptimizerConfig(learning_rate=0.02, schedule="cosine", warmup_steps=5),
         checkpoints=CheckpointConfig(save_steps=SAVE_STEPS, save_total_limit=2),
+        plots=False,  # takes longer than the run
     )
     return replace(config, **changes)
 

@@ -17,8 +17,8 @@ from tenfold.parallel.mesh import parse_mesh
 from tenfold.train.parallelism import Parallelism
 from tests.train.cases import MODELS, Case
 
+ONE_DEVICE = {model: Case(model, Parallelism(mesh="data=1")) for model in MODELS}
 CHEAP = [
-    Case("llama", Parallelism(mesh="fsdp=2,context=2,tensor=2", micro_batches=2, remat="dots")),
     Case("llama", Parallelism(mesh="pipeline=2,fsdp=2,tensor=2", micro_batches=4, schedule="1f1b")),
     Case("mixtral", Parallelism(mesh="fsdp=2,expert=2")),
 ]
@@ -35,6 +35,7 @@ MIXED = [
     Case("llama", Parallelism(mesh="fsdp=4,tensor=2", remat="full")),
     Case("llama", Parallelism(mesh="data=2,fsdp=2,tensor=2")),
     Case("llama", Parallelism(mesh="data=2,context=4")),
+    Case("llama", Parallelism(mesh="fsdp=2,context=2,tensor=2", micro_batches=2, remat="dots")),
     Case("llama", Parallelism(mesh="pipeline=2,data=4", micro_batches=4)),
     Case("llama", Parallelism(mesh="pipeline=2,fsdp=2,tensor=2", micro_batches=4, schedule="interleaved", stages=2)),
     Case("llama", Parallelism(mesh="pipeline=2,data=2,context=2", micro_batches=4, schedule="1f1b")),
@@ -70,19 +71,15 @@ def run(*cases: Case) -> list[dict[str, Any]]:
 
 
 @cache
-def on_one_device(model: str) -> list[float]:
-    [result] = run(Case(model, Parallelism(mesh="data=1")))
-    return result["losses"]
-
-
-@cache
 def cheap_results() -> dict[Case, dict[str, Any]]:
-    """One process for all: importing and starting jax takes as long as a case."""
-    return dict(zip(CHEAP, run(*CHEAP), strict=True))
+    """One process for all, with one device and with several: importing and starting jax takes as long as a case."""
+    cases = [*ONE_DEVICE.values(), *CHEAP]
+    return dict(zip(cases, run(*cases), strict=True))
 
 
 def check(case: Case, result: dict[str, Any]) -> None:
-    assert result["losses"] == pytest.approx(on_one_device(case.model), abs=1e-5)
+    expected_losses = cheap_results()[ONE_DEVICE[case.model]]["losses"]
+    assert result["losses"] == pytest.approx(expected_losses, abs=1e-5)
     assert result["losses"][-1] < result["losses"][0] - 0.5
     mesh, tree = parse_mesh(case.parallelism.mesh), resolve(MODELS[case.model]).params(stacked=True)
     expected, largest = 0, 0

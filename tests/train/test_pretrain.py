@@ -49,7 +49,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(model: Path, corpus: Path, **changes: Any) -> PretrainConfig:
-    training = TrainConfig(steps=30, optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=3))
+    training = TrainConfig(steps=30, optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=3), plots=False)
     datasets = (Dataset(where=str(corpus)),)
     made = PretrainConfig(model=str(model), datasets=datasets, max_length=LENGTH, batch_size=4, training=training)
     return replace(made, **changes)
@@ -82,7 +82,7 @@ def test_a_model_comes_out_that_knows_the_corpus(model: Path, corpus: Path, tmp_
 def test_training_goes_on_from_a_checkpoint_s_weights(model: Path, corpus: Path, tmp_path: Path) -> None:
     from tenfold.train.pretrain import _batches
 
-    one = config(model, corpus, training=TrainConfig(steps=1))
+    one = config(model, corpus, training=TrainConfig(steps=1, plots=False))
     pretrain(one, tmp_path)
     batch = next(_batches(one, one.datasets, Tokenizer.load(model)))
     family = resolve(checkpoint.read_config(model))

@@ -10,8 +10,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tenfold.nn.param import param
 from tenfold.parallel.sharding import make_mesh
 from tenfold.train.loss import LossSum
+from tenfold.train.optimizers import OPTIMIZERS, OptimizerConfig, make_optimizer
 from tenfold.train.state import abstract_state, init_state
 from tenfold.train.step import accumulate, make_step
 
@@ -96,8 +98,10 @@ def test_masters_keep_what_bfloat16_cannot_hold() -> None:
     np.testing.assert_allclose(state.trainable["w"], [1 - 1e-3], rtol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", [optax.adamw(0.1), optax.adafactor(0.1, min_dim_size_to_factor=2)])
-def test_the_optimizer_lies_like_its_weights(optimizer: optax.GradientTransformation) -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_optimizer_lies_like_its_weights(name: str) -> None:
+    declared = {"w": param((8, 4), "embed mlp", "w", inputs="embed"), "norm": param((8,), "embed", "norm")}
+    optimizer = make_optimizer(OptimizerConfig(optimizer=name), 10, declared)
     mesh = make_mesh({"fsdp": 2, "tensor": 2})
     weights = {"w": jnp.ones((8, 4)), "norm": jnp.ones(8)}
     shardings = {
@@ -109,5 +113,5 @@ def test_the_optimizer_lies_like_its_weights(optimizer: optax.GradientTransforma
     for kept, declared in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert kept.sharding.is_equivalent_to(declared.sharding, kept.ndim)
         assert kept.shape == declared.shape
-        if kept.shape == (8, 4):
-            assert kept.sharding.spec == PartitionSpec("fsdp", "tensor")
+        assert kept.shape != (8, 4) or kept.sharding.spec == PartitionSpec("fsdp", "tensor")
+    assert sum(kept.shape == (8, 4) for kept in jax.tree.leaves(state)) == {"adamw": 3, "adafactor": 2, "muon": 2}[name]

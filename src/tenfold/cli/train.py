@@ -45,10 +45,15 @@ def pretrain(
     batch_size: options.BatchSize = 8,
     seed: options.Seed = 0,
     mesh: options.Mesh = "",
+    remat: options.RematName = options.Remat.NONE,
+    pipeline_schedule: options.ScheduleName = options.PipelineSchedule.GPIPE,
+    pipeline_stages: options.Stages = 1,
+    plan: options.Plan = False,
 ) -> None:
     """Train on documents: next-token prediction, from a checkpoint or from random weights."""
     from tenfold.cli.quantities import parse_count
-    from tenfold.train.pretrain import Dataset, PretrainConfig
+    from tenfold.parallel.hosts import join_hosts
+    from tenfold.train.pretrain import Dataset, PretrainConfig, plan_pretraining
     from tenfold.train.pretrain import pretrain as run
 
     weights = options.dataset_weights(dataset, dataset_weight)
@@ -62,8 +67,15 @@ def pretrain(
         batch_size=batch_size,
         seed=seed,
         mesh=mesh,
+        remat=remat.value,
+        schedule=pipeline_schedule.value,
+        stages=pipeline_stages,
         training=training,
     )
+    if plan:
+        print(plan_pretraining(config))
+        return
+    join_hosts()
     options.say_how_it_ended(run(config, output), output)
 
 

@@ -44,6 +44,23 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Remat(StrEnum):
+    """What of a layer's activations is kept for the gradient."""
+
+    NONE = "none"
+    FULL = "full"
+    DOTS = "dots"
+    OFFLOAD = "offload"
+
+
+class PipelineSchedule(StrEnum):
+    """When a pipeline's stages compute what."""
+
+    GPIPE = "gpipe"
+    ONE_FORWARD_ONE_BACKWARD = "1f1b"
+    INTERLEAVED = "interleaved"
+
+
 class OnBadStep(StrEnum):
     """What a loss that is no number, or a spike, leads to."""
 
@@ -111,6 +128,26 @@ DtypeName = Annotated[
 ]
 Mesh = Annotated[
     str, typer.Option(help='Axes and sizes, such as "data=2,fsdp=4"; without, one device.', rich_help_panel=_RUN)
+]
+RematName = Annotated[
+    Remat,
+    typer.Option(
+        help="Compute again for the gradient: nothing, full layers, all but dots, or these with dots on the host.",
+        rich_help_panel=_RUN,
+    ),
+]
+ScheduleName = Annotated[
+    PipelineSchedule,
+    typer.Option(help="Of a pipeline, over the parts that gradients are added of.", rich_help_panel=_RUN),
+]
+Stages = Annotated[
+    int,
+    typer.Option(
+        "--pipeline-stages", min=1, help="Of each device; two or more with interleaved.", rich_help_panel=_RUN
+    ),
+]
+Plan = Annotated[
+    bool, typer.Option("--plan", help="Say what a step takes of each device, and stop.", rich_help_panel=_RUN)
 ]
 SaveSteps = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=_RUN)]
 SaveTotalLimit = Annotated[int, typer.Option(min=1, help="Latest checkpoints to keep.", rich_help_panel=_RUN)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import orjson
@@ -67,7 +67,7 @@ def open_records(where: str | Path, columns: Mapping[str, type], *, split: str =
 def _find_files(directory: Path, split: str) -> list[Path]:
     declared = directory / "dataset_dict.json"
     if declared.exists():
-        splits = json.loads(declared.read_text(encoding="utf-8")).get("splits", [])
+        splits: list[str] = json.loads(declared.read_text(encoding="utf-8")).get("splits", [])
         if split not in splits:
             raise DataError(f"{directory} has no split {split!r}; it has {', '.join(splits)}")
         directory = directory / split
@@ -111,6 +111,18 @@ def _open_file(file: Path, columns: Mapping[str, type]) -> Records:
 
 def _missing_column(where: str, column: str, there: Iterable[str]) -> DataError:
     return DataError(f"{where} has no column {column!r}; it has {', '.join(sorted(there)) or 'none'}. Name another one")
+
+
+def _name_of(value: Any) -> str:
+    return type(value).__name__
+
+
+def _arrow() -> Any:
+    """pyarrow, an extra; it has no types."""
+    import pyarrow  # noqa: PLC0415  # pyright: ignore[reportMissingTypeStubs]
+    import pyarrow.parquet  # noqa: PLC0415  # pyright: ignore[reportMissingTypeStubs]
+
+    return pyarrow
 
 
 class _Joined:
@@ -183,17 +195,17 @@ class _JsonLines:
     def _check(self, line: bytes, number: int) -> None:
         at = f"{self._file}, line {number}"
         try:
-            row = orjson.loads(line)
+            value: Any = orjson.loads(line)
         except orjson.JSONDecodeError as error:
             raise DataError(f"{at} is not valid JSON: {error}. Correct or remove the line") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{at} must be an object with {', '.join(self._columns)}; it is {type(row).__name__}")
+        if not isinstance(value, dict):
+            raise DataError(f"{at} must be an object with {', '.join(self._columns)}; it is {_name_of(value)}")
+        row = cast(dict[str, Any], value)
         for column, kind in self._columns.items():
             if column not in row:
-                raise _missing_column(at, column, map(str, row))  # pyright: ignore[reportUnknownArgumentType]
+                raise _missing_column(at, column, row)
             if not isinstance(row[column], kind):
-                found = type(row[column]).__name__  # pyright: ignore[reportUnknownArgumentType]
-                raise DataError(f"{at}: {column!r} must be a {_KINDS[kind]}; it is {found}")
+                raise DataError(f"{at}: {column!r} must be a {_KINDS[kind]}; it is {_name_of(row[column])}")
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -210,8 +222,7 @@ class _ArrowRows:
     """An Arrow file, mapped into memory, in either of its formats."""
 
     def __init__(self, file: Path, columns: Mapping[str, type], *, shown: Path) -> None:
-        import pyarrow as pa  # noqa: PLC0415 -- an extra
-
+        pa = _arrow()
         self._shown = shown
         mapped = pa.memory_map(str(file))
         try:
@@ -250,29 +261,26 @@ class _ArrowRows:
 
 
 def _check_schema(shown: Path, schema: Any, columns: Mapping[str, type]) -> None:
-    import pyarrow as pa  # noqa: PLC0415 -- an extra
-
-    fits: dict[type, Sequence[Callable[[Any], bool]]] = {
-        str: (pa.types.is_string, pa.types.is_large_string),
-        list: (pa.types.is_list, pa.types.is_large_list),
-        dict: (pa.types.is_struct,),
-        bool: (pa.types.is_boolean,),
-        int: (pa.types.is_integer,),
-        float: (pa.types.is_floating,),
+    pa = _arrow()
+    fits: dict[type, Callable[[Any], bool]] = {
+        str: lambda t: pa.types.is_string(t) or pa.types.is_large_string(t),
+        list: lambda t: pa.types.is_list(t) or pa.types.is_large_list(t),
+        dict: pa.types.is_struct,
+        bool: pa.types.is_boolean,
+        int: pa.types.is_integer,
+        float: pa.types.is_floating,
     }
     for column, kind in columns.items():
         if column not in schema.names:
             raise _missing_column(str(shown), column, schema.names)
         found = schema.field(column).type
-        if not any(fit(found) for fit in fits[kind]):
+        if not fits[kind](found):
             raise DataError(f"{shown}: the column {column!r} must be {_KINDS[kind]}; it is {found}")
 
 
 def _unpack_parquet(file: Path, columns: Mapping[str, type]) -> Path:
     """The wanted columns as an Arrow file in the cache, made unless it is there; Parquet has no cheap random access."""
-    import pyarrow as pa  # noqa: PLC0415 -- an extra
-    import pyarrow.parquet as pq  # noqa: PLC0415
-
+    pa = _arrow()
     status = file.stat()
     version = repr((str(file.absolute()), status.st_size, status.st_mtime_ns, sorted(columns)))
     unpacked = cache_dir() / "records" / f"{file.stem}-{hashlib.sha256(version.encode()).hexdigest()[:16]}.arrow"
@@ -280,20 +288,14 @@ def _unpack_parquet(file: Path, columns: Mapping[str, type]) -> Path:
         unpacked.stat()
         return unpacked
     try:
-        with pq.ParquetFile(file) as packed:
-            _check_schema(file, packed.schema_arrow, columns)
+        with pa.parquet.ParquetFile(file) as packed:
+            schema = packed.schema_arrow
+            _check_schema(file, schema, columns)
             unpacked.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(unpacked) as target:
-                _copy_columns(packed, list(columns), target)
+            wanted = pa.schema([schema.field(column) for column in columns])
+            with atomic_write(unpacked) as target, pa.ipc.new_stream(target, wanted) as writer:
+                for batch in packed.iter_batches(columns=list(columns)):
+                    writer.write_batch(batch.select(list(columns)))
     except pa.ArrowInvalid as error:
         raise DataError(f"{file} is damaged or no Parquet file: {error}") from None
     return unpacked
-
-
-def _copy_columns(packed: Any, columns: list[str], target: Any) -> None:
-    import pyarrow as pa  # noqa: PLC0415 -- an extra
-
-    wanted = pa.schema([packed.schema_arrow.field(column) for column in columns])
-    with pa.ipc.new_stream(target, wanted) as writer:
-        for batch in packed.iter_batches(columns=columns):
-            writer.write_batch(batch.select(columns))  # pyright: ignore[reportUnknownMemberType]

@@ -15,10 +15,9 @@ Declarations and computation meet in a dict of weights, under these names:
 token is dropped. A token's result depends on that token alone, to the last bit where the products do: what its experts
 say is added in the order in which its own router ranks them.
 
-On a mesh every device sorts its own tokens. Along "expert" it gathers those of its neighbours, computes what its own
-experts say of all of them, and the results are added up and scattered back. That drops no token, whatever the routing,
-and moves each token's activations twice; sending each to its k experts and back would move them 2k times, and needs
-room for the worst case or a limit to what an expert takes.
+On a mesh every device sorts its own tokens. Along "expert" it gathers those of others, computes what its own experts
+say of all of them, and the results are added up and scattered back. That drops no token, whatever the routing; sending
+each to its experts would need room for the worst case, or a limit to what an expert takes (ADR 0012).
 
 Dims: T packed tokens, D model width, E experts, k experts of a token, F feed-forward width of an expert.
 """
@@ -265,15 +264,11 @@ def _dispatch(
 
 
 _EXPERT_DIMS = {
-    "gate": "expert - tensor",
-    "up": "expert - tensor",
+    **dict.fromkeys(("gate", "up", "gate_up_bias"), "expert - tensor"),
+    **dict.fromkeys(("down", "gate_up_pairs_bias"), "expert tensor -"),
+    **dict.fromkeys(("gate_bias", "up_bias"), "expert tensor"),
     "gate_up": "expert - - tensor",
     "gate_up_pairs": "expert - tensor -",
-    "down": "expert tensor -",
-    "gate_bias": "expert tensor",
-    "up_bias": "expert tensor",
-    "gate_up_bias": "expert - tensor",
-    "gate_up_pairs_bias": "expert tensor -",
     "down_bias": "expert -",
 }
 """The mesh axes that the weights of experts are split over, as the rules of sharding have them."""
@@ -311,10 +306,11 @@ def _dispatch_on_mesh(
         return jax.tree.map(lambda _: PartitionSpec(known["expert"]), weight)
 
     tokens = PartitionSpec(layout.token_axes)
+    specs = {name: spec(name, weight) for name, weight in weights.items()}
     on_devices = jax.shard_map(
         run,
         mesh=current(layout.mesh),
-        in_specs=(tokens, tokens, {name: spec(name, weight) for name, weight in weights.items()}),
+        in_specs=(tokens, tokens, specs),
         out_specs=tokens,
         axis_names={axis for axis in layout.mesh.shape if axis != "pipeline"},
         check_vma=False,  # the loop over tiles starts with zeros, which vary over no axis

@@ -15,11 +15,11 @@ Dims: P devices, M micro-batches, V stages of a device.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from tenfold.base.errors import ConfigError
 
-ScheduleName = Literal["gpipe", "1f1b", "interleaved"]
+SCHEDULES = ("gpipe", "1f1b", "interleaved")
 
 
 class Pass(NamedTuple):
@@ -42,7 +42,7 @@ class Schedule:
         orders: for each device its passes, in order.
     """
 
-    name: ScheduleName
+    name: str
     devices: int
     micro_batches: int
     stages: int
@@ -65,7 +65,7 @@ class Schedule:
         return Pass(False, p.stage + 1, p.micro_batch) if p.stage < self.last else Pass(True, p.stage, p.micro_batch)
 
 
-def make_schedule(name: ScheduleName, devices: int, micro_batches: int, stages: int = 1) -> Schedule:
+def make_schedule(name: str, devices: int, micro_batches: int, stages: int = 1) -> Schedule:
     """The schedule of that name.
 
     Args:
@@ -77,8 +77,8 @@ def make_schedule(name: ScheduleName, devices: int, micro_batches: int, stages: 
     Raises:
         ConfigError: if the numbers do not fit the schedule.
     """
-    if name not in ("gpipe", "1f1b", "interleaved"):
-        raise ConfigError(f"there is no schedule {name!r}; there are gpipe, 1f1b and interleaved")
+    if name not in SCHEDULES:
+        raise ConfigError(f"there is no schedule {name!r}; there are {', '.join(SCHEDULES)}")
     if (stages > 1) != (name == "interleaved") or stages < 1:
         raise ConfigError(
             f"{stages} stages of a device do not go with the schedule {name!r}: "
@@ -93,7 +93,7 @@ def make_schedule(name: ScheduleName, devices: int, micro_batches: int, stages: 
     return Schedule(name=name, devices=devices, micro_batches=micro_batches, stages=stages, orders=orders)
 
 
-def _order(name: ScheduleName, d: int, P: int, M: int, V: int) -> tuple[Pass, ...]:
+def _order(name: str, d: int, P: int, M: int, V: int) -> tuple[Pass, ...]:
     """Of device d: some forwards to warm up, then one of each by turns, then the remaining backwards."""
     if name == "gpipe":
         warm_up = M

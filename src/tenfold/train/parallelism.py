@@ -8,7 +8,7 @@ from tenfold.nn.param import Tree
 from tenfold.nn.stack import Placement, Remat
 from tenfold.parallel.layout import NOWHERE, Layout
 from tenfold.parallel.mesh import parse_mesh
-from tenfold.parallel.schedule import Schedule, ScheduleName, make_schedule
+from tenfold.parallel.schedule import Schedule, make_schedule
 from tenfold.parallel.sharding import make_mesh
 from tenfold.train.loss import StagedLoss
 from tenfold.train.pipeline import AXIS, pipelined
@@ -23,14 +23,14 @@ class Parallelism:
         mesh: axes and sizes, such as "data=2,fsdp=4"; "" is one device.
         remat: what of a layer's activations is kept for the gradient: "none" computes nothing again, "full" all but
             what goes into a layer, "dots" all but the results of products, which "offload" keeps on the host.
-        schedule: of a pipeline's micro-batches.
+        schedule: of a pipeline's micro-batches, one of `parallel.schedule.SCHEDULES`.
         stages: of each device of a pipeline; more than one with "interleaved" only.
         micro_batches: parts that a batch's rows are cut into.
     """
 
     mesh: str = ""
     remat: Remat = "none"
-    schedule: ScheduleName = "gpipe"
+    schedule: str = "gpipe"
     stages: int = 1
     micro_batches: int = 1
 
@@ -54,7 +54,5 @@ class Parallelism:
         """
         schedule = self.make_schedule(placement.layout)
         if schedule is None:
-            return accumulate(
-                lambda trained, frozen, batch: loss.sums(trained, frozen, batch, placement), self.micro_batches
-            )
+            return accumulate(lambda t, f, batch: loss.sums(t, f, batch, placement), self.micro_batches)
         return pipelined(loss, schedule, placement, shardings)

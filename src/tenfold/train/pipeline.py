@@ -88,19 +88,21 @@ def pipelined(loss: StagedLoss, schedule: Schedule, placement: Placement, shardi
     def grad(trainable: Tree, frozen: Tree, batch: Any) -> tuple[LossSum, Tree]:
         if shardings is not None:
             trainable = _map_leaves(_same, functools.partial(_gathered, layout), trainable, shardings)
-        split = functools.partial(_map_leaves, lambda _: PartitionSpec(None, AXIS), lambda _: PartitionSpec())
-        to_stages = functools.partial(_map_leaves, lambda w: _to_stages(w, schedule), _same)
+        specs = [
+            _map_leaves(lambda _: PartitionSpec(None, AXIS), lambda _: PartitionSpec(), tree)
+            for tree in (trainable, frozen)
+        ]
+        staged = [_map_leaves(lambda w: _to_stages(w, schedule), _same, tree) for tree in (trainable, frozen)]
         on_devices = jax.shard_map(
             _Program(loss, schedule, table, placement, shardings).run,
             mesh=current(mesh),
-            in_specs=(split(trainable), split(frozen), PartitionSpec(), PartitionSpec(None, AXIS)),
-            out_specs=(PartitionSpec(), split(trainable)),
+            in_specs=(*specs, PartitionSpec(), PartitionSpec(None, AXIS)),
+            out_specs=(PartitionSpec(), specs[0]),
             axis_names={AXIS},
             check_vma=False,  # models start their loops with constants, which vary over no axis
         )
         parts = jax.tree.map(lambda x: deal(x, schedule.micro_batches), batch)
-        slots = jax.tree.map(jnp.asarray, table)
-        sums, gradients = on_devices(to_stages(trainable), to_stages(frozen), parts, slots)
+        sums, gradients = on_devices(staged[0], staged[1], parts, jax.tree.map(jnp.asarray, table))
         return sums, _map_leaves(lambda g: g.reshape(-1, *g.shape[3:]), _same, gradients)
 
     return grad
@@ -148,8 +150,11 @@ class _Program:
         """Empty slots, of which one more than are used takes what nobody needs, and sums of zero."""
         layout = self.placement.layout
         given = _stage_of(trainable, 0), _stage_of(frozen, 0), jax.tree.map(lambda part: part[0], parts)
-        activation = jax.eval_shape(lambda w, f, part: self.loss.pass_on(w, f, part, self._at(None)), *given)
-        sums = jax.eval_shape(lambda w, f, part: self.loss.sums(w, f, part, self._at(None)), *given)
+
+        def made_by(part: Callable[[Tree, Tree, Any, Placement], Any]) -> Any:
+            return jax.eval_shape(lambda t, f, batch: part(t, f, batch, self._at(None)), *given)
+
+        activation, sums = made_by(self.loss.pass_on), made_by(self.loss.sums)
         slots = [
             layout.constrain(jnp.zeros((n + 1, *activation.shape), activation.dtype), None, layout.token_axes, None)
             for n in (self.table.input_slots, self.table.gradient_slots)

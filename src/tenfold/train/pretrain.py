@@ -1,5 +1,6 @@
 """The recipe of pretraining: next-token prediction on documents, from random weights or from a checkpoint's."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from tenfold.data.tokenizer import Tokenizer
 from tenfold.models.family import Model, resolve
 from tenfold.nn import checkpoint, param
 from tenfold.nn.param import Tree
-from tenfold.nn.stack import Placement
+from tenfold.nn.stack import Remat
 from tenfold.parallel.layout import Layout
 from tenfold.parallel.mesh import parse_mesh
 from tenfold.parallel.sharding import make_mesh
@@ -25,7 +26,12 @@ from tenfold.train.batches import Batches, Source, encode_text, first_batches, p
 from tenfold.train.evaluation import Perplexity
 from tenfold.train.export import export_model, stored_dtype
 from tenfold.train.flops import flops_per_token
-from tenfold.train.loss import full_training
+from tenfold.train.loss import full_training, staged_full_training
+from tenfold.train.optimizers import make_optimizer
+from tenfold.train.parallelism import Parallelism
+from tenfold.train.plan import Plan, plan_step, use_virtual_devices
+from tenfold.train.state import abstract_state
+from tenfold.train.step import make_step
 from tenfold.train.trainer import Job, TrainConfig, Trained, train
 
 
@@ -58,7 +64,7 @@ class PretrainConfig:
         batch_size: rows of a step, over all devices.
         eval_batches: of as many rows at most, that perplexity is measured on.
         seed: of the weights and of the order of the documents.
-        mesh: axes and sizes, such as "data=2,fsdp=4"; "" is one device.
+        mesh, remat, schedule, stages: as in `Parallelism`.
         training: the run.
     """
 
@@ -72,7 +78,21 @@ class PretrainConfig:
     eval_batches: int = 16
     seed: int = 0
     mesh: str = ""
+    remat: Remat = "none"
+    schedule: str = "gpipe"
+    stages: int = 1
     training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
+
+    @property
+    def parallelism(self) -> Parallelism:
+        """How the run is spread over devices; a pipeline's micro-batches are the parts that gradients are added of."""
+        return Parallelism(
+            mesh=self.mesh,
+            remat=self.remat,
+            schedule=self.schedule,
+            stages=self.stages,
+            micro_batches=self.training.gradient_accumulation_steps,
+        )
 
 
 CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer*", "*.model", "*.jinja", "vocab.*", "merges.txt")
@@ -93,29 +113,59 @@ def pretrain(config: PretrainConfig, output: Path) -> Trained:
     hf = checkpoint.read_config(path)
     model, tokenizer = resolve(hf), Tokenizer.load(path)
     check_fit(model, tokenizer, config.max_length)
-    layout = make_layout(config.mesh)
-    layout.check(config.batch_size, config.max_length, config.training.gradient_accumulation_steps)
-    loss = full_training(model, Placement(layout=layout))
-    declared = model.params(stacked=True)
-    shardings = None if layout.mesh is None else param.shardings(declared, layout.mesh)  # pyright: ignore[reportArgumentType]
-    job = Job(
-        loss=loss,
-        declared=declared,
-        initial=_initial(config, path, model, shardings),
-        shardings=shardings,
-        layout=layout,
-        flops_per_token=flops_per_token(model, config.max_length),
-    )
+    job = _job(config, path, model)
     evaluate = None
     if config.validation is not None:
         held_out = _held_out(config, config.validation, tokenizer)
-        evaluate = Perplexity(loss, held_out, layout=layout, dtype=config.training.dtype)
+        evaluate = Perplexity(job.loss, held_out, layout=job.layout, dtype=config.training.dtype)
     with closing(_batches(config, config.datasets, tokenizer)) as batches:
         trained = train(job, config.training, batches, output, evaluate=evaluate)
     if trained.finished:
         weights = trained.state.trainable
         export_model(output / "model", model, weights, config=hf, like=path, dtype=stored_dtype(hf))
     return trained
+
+
+def plan_pretraining(config: PretrainConfig) -> Plan:
+    """What each device of the run's mesh would hold and send in a step; needs none of them, and no data.
+
+    Raises:
+        ConfigError: options do not fit each other, or jax has been used in this process.
+    """
+    use_virtual_devices(math.prod(parse_mesh(config.mesh).values()))
+    path = fetch(config.model, files=CONFIG_FILES)
+    job = _job(config, path, resolve(checkpoint.read_config(path)))
+    if job.layout.mesh is None or job.grad is None:
+        raise ConfigError("a plan is of a mesh: name one, such as --mesh data=8,fsdp=64")
+    training, rows = config.training, (config.batch_size, config.max_length)
+    optimizer = make_optimizer(training.optimizer, training.steps, job.declared)
+    step = make_step(
+        job.grad,
+        optimizer,
+        clip_norm=training.optimizer.max_grad_norm,
+        compute_dtype=jnp.dtype(training.dtype),
+    )
+    state = abstract_state(optimizer, param.abstract(job.declared, jnp.float32), job.shardings)
+    ids = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=job.layout.rows)
+    batch = Rows(ids, ids, ids, jax.ShapeDtypeStruct(rows, jnp.float32, sharding=job.layout.rows))
+    return plan_step(step, state, job.frozen, batch, job.layout, config.parallelism.make_schedule(job.layout))
+
+
+def _job(config: PretrainConfig, path: Path, model: Model) -> Job:
+    parallelism = config.parallelism
+    placement = parallelism.make_placement()
+    layout, declared = placement.layout, model.params(stacked=True)
+    layout.check(config.batch_size, config.max_length, parallelism.micro_batches)
+    shardings = None if layout.mesh is None else param.shardings(declared, layout.mesh)  # pyright: ignore[reportArgumentType]
+    return Job(
+        loss=full_training(model, placement),
+        declared=declared,
+        initial=_initial(config, path, model, shardings),
+        shardings=shardings,
+        layout=layout,
+        grad=parallelism.make_grad(staged_full_training(model), placement, shardings),
+        flops_per_token=flops_per_token(model, config.max_length),
+    )
 
 
 def check_fit(model: Model, tokenizer: Tokenizer, max_length: int) -> None:

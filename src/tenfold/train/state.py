@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from tenfold.nn.param import Tree
@@ -53,19 +53,18 @@ def abstract_state(optimizer: optax.GradientTransformation, trainable: Tree, sha
 
 
 def state_shardings(optimizer: optax.GradientTransformation, trainable: Tree, shardings: Tree) -> TrainState:
-    """How the state lies on a mesh: what the optimizer keeps of a weight lies like the weight, if shaped like it."""
-    first = jax.tree.leaves(shardings)[0]
-    whole: Any = NamedSharding(_mesh(first), PartitionSpec())
-    opt_state = jax.eval_shape(optimizer.init, trainable)
+    """How the state lies on a mesh: what the optimizer keeps of a weight lies like the weight, if shaped like it.
 
-    def place(kept: Any, weight: Any, sharding: NamedSharding) -> NamedSharding:
-        return sharding if kept.shape == weight.shape else whole
+    What it keeps of a weight has the weight's path at the end of its own.
+    """
+    weights = jax.tree_util.tree_leaves_with_path(trainable)
+    placed = jax.tree.leaves(shardings)
+    like = {path: (w.shape, sharding) for (path, w), sharding in zip(weights, placed, strict=True)}
+    whole: Any = NamedSharding(placed[0].mesh, PartitionSpec())
 
-    kept = optax.tree_map_params(
-        optimizer, place, opt_state, trainable, shardings, transform_non_params=lambda _: whole
-    )
+    def place(path: tuple[Any, ...], kept: Any) -> Any:
+        ends = (like.get(path[start:]) for start in range(len(path) + 1))
+        return next((sharding for shape, sharding in filter(None, ends) if shape == kept.shape), whole)
+
+    kept = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, trainable))
     return TrainState(whole, shardings, kept)
-
-
-def _mesh(sharding: NamedSharding) -> Mesh:
-    return sharding.mesh  # pyright: ignore[reportReturnType] -- an abstract mesh serves as well

@@ -22,6 +22,7 @@ from jax.sharding import SingleDeviceSharding
 
 from tenfold.base.errors import ConfigError, TrainingError
 from tenfold.nn.param import Tree, abstract
+from tenfold.parallel.hosts import watching_hosts
 from tenfold.parallel.layout import NOWHERE, Layout
 from tenfold.train.batches import Batches
 from tenfold.train.checkpoints import CheckpointConfig, Checkpoints, gather
@@ -58,6 +59,7 @@ class TrainConfig:
         checkpoint_dir: where, if not in the run's directory; may be a URI that Orbax writes to.
         guard: what is done about bad losses.
         report_to: "tensorboard" and "mlflow".
+        plots: draw the loss and the gradient's norm at the end.
         profile: first and last step of a profile, counted from 1, which is written to the run's directory.
     """
 
@@ -70,6 +72,7 @@ class TrainConfig:
     checkpoint_dir: str | None = None
     guard: GuardConfig = field(default_factory=GuardConfig)
     report_to: tuple[str, ...] = ()
+    plots: bool = True
     profile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -138,9 +141,10 @@ def train(
         ConfigError: the options do not fit each other, the batches, the mesh, or the checkpoint.
         CheckpointError: there are checkpoints, and all are damaged.
         TrainingError: a loss was bad; says which batch's, and where that was written.
+        HostLostError: another host of the run is gone.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
+    with ExitStack() as stack, watching_hosts():
         stop = stack.enter_context(told_to_stop())
         return _Run(job, config, batches, run_dir, evaluate, stack).run(stop)
 
@@ -264,7 +268,7 @@ class _Run:
                     break
         self._save(self._state)
         self._checkpoints.wait()
-        if self._main:
+        if self._main and self._config.plots:
             plot_run(self._run_dir)
         return Trained(state=self._state, finished=done == self._config.steps)
 
@@ -322,7 +326,7 @@ class _Run:
             "goodput": round(self._clock.goodput, 4),
         }
         if self._peak:
-            numbers["mfu"] = round(self._job.flops_per_token * tokens / seconds / self._peak, 5)
+            numbers["mfu"] = self._job.flops_per_token * tokens / seconds / self._peak
         self._events.write({"step": pending.step, **numbers})
         for reporter in self._reporters:
             reporter.report(pending.step, numbers)
