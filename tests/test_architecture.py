@@ -59,6 +59,10 @@ FLAGS = {
     },
     "tenfold train embed": {*TUNING_FLAGS, "--negatives", "--pooling", "--temperature", "--chunk"},
     "tenfold merge": {"--output"},
+    "tenfold train evaluate": {
+        *("--dataset", "--model", "--split", "--text-column", "--max-length", "--batch-size", "--eval-batches"),
+        "--dtype",
+    },
     "tenfold train pico": {"--output", "--seed"},
 }
 

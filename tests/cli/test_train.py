@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tenfold.base.errors import TenfoldError
+from tenfold.cli.main import app
 from tenfold.testing.tiny import write_tiny_checkpoint
 
 TENFOLD = str(Path(sys.executable).with_name("tenfold"))
@@ -39,13 +43,15 @@ def test_a_model_is_trained_by_the_options(tmp_path: Path) -> None:
     assert (config["steps"], config["gradient_accumulation_steps"], config["dtype"]) == (3, 2, "bfloat16")
 
 
-def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path / "model", layers=1, max_len=64)
     (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
-    options = ("--model", tmp_path / "model", "--output", tmp_path / "out", "--max-length", "64")
-    done = run(*options, "--dataset", tmp_path / "a.jsonl")
-    assert (done.returncode, done.stdout) == (1, "")
-    there = "has no column 'text'; it has body. Name another one"
-    assert done.stderr == f"tenfold: {tmp_path / 'a.jsonl'}, line 1 {there}\n"
-    done = run(*options, "--dataset", tmp_path / "a.jsonl", "--profile", "3")
-    assert done.stderr == "tenfold: --profile takes steps N:M, such as 10:12, not '3'\n"
+    options = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--max-length", "64"]
+    options += ["--dataset", str(tmp_path / "a.jsonl")]
+    for more, message in (
+        ([], "line 1 has no column 'text'; it has body. Name another one"),
+        (["--profile", "3"], "--profile takes steps N:M, such as 10:12, not '3'"),
+        (["--dataset-weight", "1", "--dataset-weight", "2"], "there are 1 --dataset and 2 --dataset-weight"),
+    ):
+        with pytest.raises(TenfoldError, match=message):
+            app(["train", "pretrain", *options, *more], standalone_mode=False)

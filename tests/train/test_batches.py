@@ -12,7 +12,7 @@ from tenfold.base.errors import ConfigError, DataError
 from tenfold.data.packing import Example, Rows
 from tenfold.data.tokenizer import Tokenizer
 from tenfold.testing.byte_tokenizer import BOS, BOS_ID, EOS, EOS_ID, byte_tokenizer
-from tenfold.train.batches import Batches, Source, encode_text, fill, packed_batches
+from tenfold.train.batches import Batches, Source, encode_text, fill, first_batches, packed_batches
 
 LENGTH = 32
 
@@ -116,6 +116,18 @@ def test_processes_read_different_documents() -> None:
         for i in range(2)
     ]
     assert not set(shuffles[0]) & set(shuffles[1])
+
+
+def test_what_is_held_out_is_each_document_once() -> None:
+    found = first_batches(numbers(40), rows=4, length=LENGTH, count=100)
+    wanted = [(number, Numbered(40)[number]["length"]) for number in range(40)]
+    assert sorted(documents(found)) == [(number, length) for number, length in wanted]
+    assert all(batch.tokens.shape == (4, LENGTH) for batch in found)
+    few = first_batches(numbers(40), rows=4, length=LENGTH, count=2)
+    assert len(few) == 2 and fill(iter(few)) > 0.9
+    parts = [first_batches(numbers(41, 1), rows=1, length=LENGTH, count=40, process=(i, 2)) for i in range(2)]
+    assert [len(part) for part in parts] == [40, 40]
+    assert sorted(n for part in parts for n, _ in documents(part)) == list(range(1, 42))
 
 
 def test_long_documents_are_cut_and_begin_and_end_as_the_tokenizer_has_it() -> None:

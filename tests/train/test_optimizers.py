@@ -21,7 +21,9 @@ def mixed_dtypes() -> Iterator[None]:
 
 def rates(steps: int, at: list[int], **config: object) -> list[float]:
     rate = learning_rate(OptimizerConfig(learning_rate=0.5, **config), steps)  # type: ignore[arg-type]
-    return [float(rate(step)) for step in at]
+    on_device = [float(rate(jnp.asarray(step))) for step in at]
+    assert on_device == pytest.approx([float(rate(step)) for step in at], abs=1e-7)
+    return on_device
 
 
 def test_every_schedule_warms_up_and_ends_where_it_should() -> None:

@@ -20,7 +20,7 @@ from tenfold.testing.tiny import write_tiny_checkpoint
 from tenfold.train.events import read_events
 from tenfold.train.loss import next_token_loss
 from tenfold.train.optimizers import OptimizerConfig
-from tenfold.train.pretrain import Dataset, PretrainConfig, pretrain
+from tenfold.train.pretrain import Dataset, PretrainConfig, evaluate_model, pretrain
 from tenfold.train.trainer import TrainConfig
 
 LENGTH = 64
@@ -49,7 +49,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(model: Path, corpus: Path, **changes: Any) -> PretrainConfig:
-    training = TrainConfig(steps=30, optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=3))
+    training = TrainConfig(steps=30, optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=3), plots=False)
     datasets = (Dataset(where=str(corpus)),)
     made = PretrainConfig(model=str(model), datasets=datasets, max_length=LENGTH, batch_size=4, training=training)
     return replace(made, **changes)
@@ -73,6 +73,8 @@ def test_a_model_comes_out_that_knows_the_corpus(model: Path, corpus: Path, tmp_
         jax.tree.leaves(params["layers"][0]), jax.tree.leaves(trained.state.trainable["layers"]["scan"][0]), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs[0])
+    measured = evaluate_model(str(out), held_out, max_length=LENGTH, batch_size=4, eval_batches=2)
+    assert measured == pytest.approx({name: event[name] for name in measured}, rel=1e-6)
     assert Tokenizer.load(out).has_chat_template
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"]
 
@@ -80,7 +82,7 @@ def test_a_model_comes_out_that_knows_the_corpus(model: Path, corpus: Path, tmp_
 def test_training_goes_on_from_a_checkpoint_s_weights(model: Path, corpus: Path, tmp_path: Path) -> None:
     from tenfold.train.pretrain import _batches
 
-    one = config(model, corpus, training=TrainConfig(steps=1))
+    one = config(model, corpus, training=TrainConfig(steps=1, plots=False))
     pretrain(one, tmp_path)
     batch = next(_batches(one, one.datasets, Tokenizer.load(model)))
     family = resolve(checkpoint.read_config(model))

@@ -68,6 +68,33 @@ def pretrain(
 
 
 @train.command()
+def evaluate(
+    dataset: str = typer.Option(..., help="Held-out documents, like those of pretrain."),
+    model: str = typer.Option(..., help="A directory, a Hugging Face id or a URI of a checkpoint."),
+    split: options.Split = "train",
+    text_column: str = typer.Option("text", help="Column of the texts."),
+    max_length: options.MaxLength = "1024",
+    batch_size: options.BatchSize = 8,
+    eval_batches: int = typer.Option(16, min=1, help="Batches to measure on, at most."),
+    dtype: options.DtypeName = options.Dtype.FLOAT32,
+) -> None:
+    """Measure a checkpoint's perplexity on documents."""
+    from tenfold.cli.quantities import parse_count
+    from tenfold.train.pretrain import Dataset, evaluate_model
+
+    found = evaluate_model(
+        model,
+        Dataset(where=dataset, split=split),
+        text_column=text_column,
+        max_length=parse_count(max_length),
+        batch_size=batch_size,
+        eval_batches=eval_batches,
+        dtype=str(dtype),
+    )
+    print(f"loss {found['eval_loss']:.4f}, perplexity {found['eval_perplexity']:.3f}")
+
+
+@train.command()
 def pico(
     output: options.Output,
     seed: int = typer.Option(0, help="Of the weights and of the order of the examples."),

@@ -123,6 +123,41 @@ def packed_batches(
     return iter(ThreadPrefetchIterDataset(batched, prefetch_buffer_size=PREFETCHED))
 
 
+def first_batches(
+    source: Source, *, rows: int, length: int, count: int, pad_id: int = 0, process: tuple[int, int] = (0, 1)
+) -> list[Rows]:
+    """The first documents of a source, in their order, packed: what is held out, each document once.
+
+    Args:
+        source: whose weight does not count.
+        rows, length, pad_id, process: as of `packed_batches`.
+        count: batches at most; fewer if the documents do not fill them. Of several processes, all have as many.
+
+    Raises:
+        DataError: if there is nothing to measure on.
+    """
+    index, processes = process
+    examples: list[Example] = []
+    found, wanted = 0, count * rows * length
+    for number in range(index, len(source.records), processes):
+        new = source.encode(source.records[number])
+        examples += new
+        found += sum(len(ids) for ids, _ in new)
+        if found >= wanted:
+            break
+    packed = pack(examples, length, pad_id)
+    if not len(packed.tokens):
+        raise DataError(f"{source.name} has no text to measure on")
+    batches = count if processes > 1 else min(count, -(-len(packed.tokens) // rows))
+    missing = max(0, batches * rows - len(packed.tokens))
+    fills = Rows(pad_id, 0, 0, 0.0)
+    whole = [
+        np.pad(array[: batches * rows], ((0, missing), (0, 0)), constant_values=fill)
+        for array, fill in zip(packed, fills, strict=True)
+    ]
+    return [Rows(*(array[at * rows : (at + 1) * rows] for array in whole)) for at in range(batches)]
+
+
 def stack_rows(rows: Sequence[Rows]) -> Rows:
     """Rows [L] as one batch [N, L]."""
     return Rows(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))

@@ -110,7 +110,8 @@ class Checkpoints:
             CheckpointError: if there are checkpoints, and all are damaged.
         """
         self._manager.wait_until_finished()
-        steps = sorted(self._manager.all_steps(read=True), reverse=True)
+        self._manager.reload()
+        steps = sorted(self._manager.all_steps(), reverse=True)
         damaged: list[int] = []
         for step in steps:
             try:
@@ -118,7 +119,7 @@ class Checkpoints:
             except ConfigError:
                 raise
             except Exception as error:  # noqa: BLE001 -- what damage makes Orbax and its stores raise is open
-                logger.warning("the checkpoint of step %d is damaged and is passed over: %s", step, error)
+                logger.warning("the checkpoint of step %d is damaged and is passed over: %.200s", step, error)
                 damaged.append(step)
                 continue
             self._move_aside(damaged)

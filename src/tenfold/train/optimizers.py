@@ -7,9 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float32
 from optax import contrib
 
 from tenfold.base.errors import ConfigError
@@ -79,19 +80,20 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if warmup < 0 or warmup + last > steps:
         raise ConfigError(f"{warmup} warmup_steps and {last} decay_steps do not fit into {steps} steps")
 
-    def rate(count: Any) -> Float32[Array, ""]:
-        t = jnp.asarray(count).astype(jnp.float32)
+    def rate(count: Any) -> Any:
+        xp = jnp if isinstance(count, jax.Array) else np  # on the host where it is only shown, so that nothing waits
+        t = xp.asarray(count).astype(np.float32)
         match config.schedule:
             case "constant":
-                left = jnp.ones_like(t)
+                left = xp.ones_like(t)
             case "linear":
                 left = (steps - t) / max(steps - warmup, 1)
             case "cosine":
-                left = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((t - warmup) / max(steps - warmup, 1), 0, 1)))
+                left = 0.5 * (1 + xp.cos(np.pi * xp.clip((t - warmup) / max(steps - warmup, 1), 0, 1)))
             case _:
                 left = (steps - t) / last
-        left = config.min_lr_ratio + (1 - config.min_lr_ratio) * jnp.clip(left, 0, 1)
-        return config.learning_rate * jnp.where(t < warmup, t / max(warmup, 1), left)
+        left = config.min_lr_ratio + (1 - config.min_lr_ratio) * xp.clip(left, 0, 1)
+        return config.learning_rate * xp.where(t < warmup, t / max(warmup, 1), left)
 
     return rate
 

@@ -1,6 +1,6 @@
 """The recipe of pretraining: next-token prediction on documents, from random weights or from a checkpoint's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from tenfold.base.errors import ConfigError
 from tenfold.base.storage import fetch
+from tenfold.data.packing import Rows
 from tenfold.data.records import open_records
 from tenfold.data.tokenizer import Tokenizer
 from tenfold.models.family import Model, resolve
@@ -20,7 +21,7 @@ from tenfold.nn.stack import Placement
 from tenfold.parallel.layout import Layout
 from tenfold.parallel.mesh import parse_mesh
 from tenfold.parallel.sharding import make_mesh
-from tenfold.train.batches import Batches, Source, encode_text, packed_batches
+from tenfold.train.batches import Batches, Source, encode_text, first_batches, packed_batches
 from tenfold.train.evaluation import Perplexity
 from tenfold.train.export import export_model, stored_dtype
 from tenfold.train.flops import flops_per_token
@@ -55,7 +56,7 @@ class PretrainConfig:
         text_column: of the documents' texts.
         max_length: tokens of a row.
         batch_size: rows of a step, over all devices.
-        eval_batches: of as many rows, that perplexity is measured on.
+        eval_batches: of as many rows at most, that perplexity is measured on.
         seed: of the weights and of the order of the documents.
         mesh: axes and sizes, such as "data=2,fsdp=4"; "" is one device.
         training: the run.
@@ -107,9 +108,8 @@ def pretrain(config: PretrainConfig, output: Path) -> Trained:
     )
     evaluate = None
     if config.validation is not None:
-        with closing(_batches(config, (config.validation,), tokenizer)) as held_out:
-            measured = [next(held_out) for _ in range(config.eval_batches)]
-        evaluate = Perplexity(loss, measured, layout=layout, dtype=config.training.dtype)
+        held_out = _held_out(config, config.validation, tokenizer)
+        evaluate = Perplexity(loss, held_out, layout=layout, dtype=config.training.dtype)
     with closing(_batches(config, config.datasets, tokenizer)) as batches:
         trained = train(job, config.training, batches, output, evaluate=evaluate)
     if trained.finished:
@@ -145,25 +145,62 @@ def _initial(config: PretrainConfig, path: Path, model: Model, shardings: Any) -
     return lambda: checkpoint.load(path, declared, jnp.float32, shardings=shardings, skipped=model.skipped())
 
 
-def _batches(config: PretrainConfig, datasets: tuple[Dataset, ...], tokenizer: Tokenizer) -> Batches:
+def _source(config: PretrainConfig, dataset: Dataset, tokenizer: Tokenizer) -> Source:
+    return Source(
+        name=dataset.where,
+        records=open_records(dataset.where, {config.text_column: str}, split=dataset.split),
+        encode=encode_text(tokenizer, config.max_length, config.text_column),
+        weight=dataset.weight,
+    )
+
+
+def _shape(config: PretrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Of this process's batches."""
     processes = jax.process_count()
     if config.batch_size % processes:
         raise ConfigError(f"a batch of {config.batch_size} rows does not divide over {processes} processes")
-    encode = encode_text(tokenizer, config.max_length, config.text_column)
-    sources = [
-        Source(
-            name=dataset.where,
-            records=open_records(dataset.where, {config.text_column: str}, split=dataset.split),
-            encode=encode,
-            weight=dataset.weight,
-        )
-        for dataset in datasets
-    ]
-    return packed_batches(
-        sources,
-        rows=config.batch_size // processes,
-        length=config.max_length,
-        seed=config.seed,
-        pad_id=tokenizer.pad_token_id or 0,
-        process=(jax.process_index(), processes),
+    return {
+        "rows": config.batch_size // processes,
+        "length": config.max_length,
+        "pad_id": tokenizer.pad_token_id or 0,
+        "process": (jax.process_index(), processes),
+    }
+
+
+def _batches(config: PretrainConfig, datasets: Sequence[Dataset], tokenizer: Tokenizer) -> Batches:
+    sources = [_source(config, dataset, tokenizer) for dataset in datasets]
+    return packed_batches(sources, seed=config.seed, **_shape(config, tokenizer))
+
+
+def _held_out(config: PretrainConfig, dataset: Dataset, tokenizer: Tokenizer) -> list[Rows]:
+    return first_batches(_source(config, dataset, tokenizer), count=config.eval_batches, **_shape(config, tokenizer))
+
+
+def evaluate_model(
+    where: str,
+    dataset: Dataset,
+    *,
+    text_column: str = "text",
+    max_length: int = 1024,
+    batch_size: int = 8,
+    eval_batches: int = 16,
+    dtype: str = "float32",
+) -> dict[str, float]:
+    """The mean loss and the perplexity of a checkpoint on documents; arguments as in `PretrainConfig`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, TokenizerError, UnsupportedModelError: as `pretrain`.
+    """
+    config = PretrainConfig(
+        model=where,
+        datasets=(dataset,),
+        text_column=text_column,
+        max_length=max_length,
+        batch_size=batch_size,
+        eval_batches=eval_batches,
     )
+    path = fetch(where, progress=True)
+    model, tokenizer = resolve(checkpoint.read_config(path)), Tokenizer.load(path)
+    check_fit(model, tokenizer, max_length)
+    measured = Perplexity(full_training(model), _held_out(config, dataset, tokenizer), dtype=dtype)
+    return measured(checkpoint.load(path, model.params(stacked=True), jnp.float32, skipped=model.skipped()))

@@ -58,6 +58,7 @@ class TrainConfig:
         checkpoint_dir: where, if not in the run's directory; may be a URI that Orbax writes to.
         guard: what is done about bad losses.
         report_to: "tensorboard" and "mlflow".
+        plots: draw the loss and the gradient's norm at the end.
         profile: first and last step of a profile, counted from 1, which is written to the run's directory.
     """
 
@@ -70,6 +71,7 @@ class TrainConfig:
     checkpoint_dir: str | None = None
     guard: GuardConfig = field(default_factory=GuardConfig)
     report_to: tuple[str, ...] = ()
+    plots: bool = True
     profile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -264,7 +266,7 @@ class _Run:
                     break
         self._save(self._state)
         self._checkpoints.wait()
-        if self._main:
+        if self._main and self._config.plots:
             plot_run(self._run_dir)
         return Trained(state=self._state, finished=done == self._config.steps)
 
@@ -279,7 +281,7 @@ class _Run:
 
     def _place(self, batch: Any) -> Any:
         layout = self._job.layout
-        rows, length = jax.tree.leaves(batch)[0].shape[:2]
+        rows, length = (*jax.tree.leaves(batch)[0].shape, 1)[:2]
         layout.check(rows * jax.process_count(), length, self._config.gradient_accumulation_steps)
         if layout.mesh is None:
             return batch
@@ -307,7 +309,7 @@ class _Run:
 
     def _finish(self, pending: _Pending) -> bool:
         """Reads and reports the numbers of a step. True if it was bad, and the run went back."""
-        metrics = {name: float(value) for name, value in pending.metrics.items()}
+        metrics = {name: float(value) for name, value in jax.device_get(dict(pending.metrics)).items()}
         wrong = self._guard.judge(metrics)
         if wrong is not None:
             self._go_back(pending, wrong)
