@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from tenfold.models.family import resolve
 from tenfold.nn import adapter_checkpoint, checkpoint
 from tenfold.nn.lora import adapter_params
-from tenfold.train.adapters import adapted_loss
+from tenfold.train.adapters import Frozen, adapted_loss
 from tenfold.train.loss import full_training
 from tenfold.train.optimizers import OptimizerConfig, make_optimizer
 from tenfold.train.state import init_state
@@ -41,7 +41,7 @@ def assert_losses_agree(golden: Path, directory: Path) -> None:
     optimizer = make_optimizer(OptimizerConfig(schedule="cosine", **OPTIMIZER), STEPS, adapter_params(tree, config))
     loss = adapted_loss(full_training(model), config)
     step = jax.jit(make_step(accumulate(loss), optimizer, clip_norm=OPTIMIZER["max_grad_norm"]))
-    state, frozen = init_state(optimizer, adapters), checkpoint.load(base, tree, jnp.float32)
+    state, frozen = init_state(optimizer, adapters), Frozen(checkpoint.load(base, tree, jnp.float32), {})
     losses = []
     for i in range(STEPS):
         state, metrics = step(state, frozen, make_batch(i, seed))

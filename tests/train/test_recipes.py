@@ -46,7 +46,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tuning(model: Path, **given: Any) -> TuningConfig:
-    run = TrainConfig(steps=3, optimizer=OptimizerConfig(learning_rate=0.01, schedule="constant", weight_decay=0.0))
+    run = TrainConfig(
+        steps=3, plots=False, optimizer=OptimizerConfig(learning_rate=0.01, schedule="constant", weight_decay=0.0)
+    )
     return TuningConfig(**{"model": str(model), "max_length": 32, "batch_size": 4, "training": run, **given})
 
 
