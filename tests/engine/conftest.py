@@ -23,6 +23,13 @@ ENGINES = {
         2.0,
         EngineConfig(max_num_seqs=3, max_num_batched_tokens=16, block_size=4, state_interval=8),
     ),
+    "mamba": (
+        "mamba",
+        1.6,
+        EngineConfig(max_num_seqs=2, max_num_batched_tokens=16, block_size=4, state_interval=8),
+    ),
+    "chunked": ("chunked", 1.3, EngineConfig(max_num_seqs=2, max_num_batched_tokens=16, block_size=8)),
+    "sharing": ("sharing", 1.3, EngineConfig(max_num_seqs=2, max_num_batched_tokens=16, block_size=8)),
     "latent": ("latent", 1.3, EngineConfig(max_num_seqs=3, max_num_batched_tokens=16, block_size=8)),
     # a budget below the smallest bucket, three rows, pages that do not divide the longest sequence, no prefix cache
     "odd": (
@@ -33,6 +40,10 @@ ENGINES = {
         ),
     ),
 }
+
+
+KINDS = [name for name, (model, *_) in ENGINES.items() if name == model]
+"""An engine for every kind of cache."""
 
 
 @pytest.fixture(scope="session")

@@ -40,11 +40,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sharing": _SIZES
     | {
         "architectures": ["Gemma4ForCausalLM"],
-        "num_hidden_layers": 5,
+        "num_hidden_layers": 4,
         "num_key_value_heads": 2,
         "global_head_dim": 12,
         "sliding_window": 13,
-        "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full")],
+        "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "full")],
         "num_kv_shared_layers": 2,
         "hidden_size_per_layer_input": 8,
     },
@@ -61,6 +61,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "linear_conv_kernel_dim": 4,
         "num_experts": 0,
         "hidden_act": "silu",
+    },
+    "mamba": _SIZES
+    | {
+        "architectures": ["NemotronHForCausalLM"],
+        "layers_block_type": ["mamba", "attention", "mlp"],
+        "num_key_value_heads": 2,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 6,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "conv_kernel": 4,
     },
     "latent": _SIZES
     | {
@@ -86,16 +97,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 12,
         "hidden_act": "silu",
     },
-    "experts": _SIZES
+    "chunked": _SIZES
     | {
         "architectures": ["Llama4ForCausalLM"],
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_key_value_heads": 2,
         "intermediate_size": 24,
         "intermediate_size_mlp": 48,
         "num_local_experts": 5,
         "num_experts_per_tok": 2,
-        "no_rope_layers": [1, 0, 1],
+        "no_rope_layers": [1, 0],
         "attention_chunk_size": 20,
         "floor_scale": 16,
     },

@@ -65,7 +65,7 @@ def exact(scored: Sequence[TokenLogprobs | None] | None) -> list[tuple[object, .
     ("form", "model"),
     [
         *((form, model) for form in FORMATS for model in ("full", "alternating")),
-        ("bfloat16", "experts"),
+        ("bfloat16", "chunked"),
         ("float32", "sharing"),
     ],
 )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from tenfold.base.errors import OverloadedError, RequestError
 from tenfold.engine.engine import Engine
 from tenfold.engine.outputs import EngineOutput, TokenLogprobs
 from tenfold.engine.sampling_params import SamplingParams
-from tests.engine.conftest import ENGINES, check_idle
+from tests.engine.conftest import ENGINES, KINDS, check_idle
 from tests.engine.oracle import EOS, VOCABULARY, TinyModel, greedy, log_softmax, tiny_model
 
 PROMPT = [5, 71, 40, 2, 93, 18, 33, 60, 7, 7, 81, 25, 46, 90, 12, 55, 30, 68, 1, 77]
@@ -227,7 +228,7 @@ class Visits(dict[tuple[str, int], Any]):
         return super().__getitem__(key)
 
 
-@pytest.mark.parametrize("name", ["full", "odd"])
+@pytest.mark.parametrize("name", list(ENGINES))
 def test_nothing_compiles_over_every_bucket(name: str, engines: Callable[[str], Engine]) -> None:
     engine = engines(name)
     runner = engine._runner
@@ -248,7 +249,7 @@ def test_nothing_compiles_over_every_bucket(name: str, engines: Callable[[str], 
 # --- what a request may ask -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["full", "alternating", "sliding", "recurrent", "latent"])
+@pytest.mark.parametrize("name", KINDS)
 def test_greedy_tokens_and_their_logprobs(name: str, engines: Callable[[str], Engine]) -> None:
     params = replace(FREE, max_tokens=30, logprobs=5, prompt_logprobs=3)
     (completion,) = generate(engines(name), PROMPT, params)
@@ -407,19 +408,29 @@ def test_abort_frees_everything_at_once(engine: Engine, steps: int) -> None:
     engine.abort("unknown")
 
 
-def test_a_window_keeps_only_its_pages(sliding_engine: Engine) -> None:
-    """Of 58 tokens in pages of 8, a window of 12 sees three at most, and a chunk of 16 writes up to three more."""
-    sliding_engine.add("slides", (PROMPT * 3)[:50], FREE)
-    used: list[int] = []
-    while sliding_engine.has_work:
-        sliding_engine.step()
-        sliding_engine.check_integrity()
-        used.append(sliding_engine.stats().pages_used)
-    assert max(used) == 3
-    assert used[-1] == 0
+@pytest.mark.parametrize(("name", "most"), [("sliding", 3), ("alternating", 5), ("sharing", 3), ("chunked", 4)])
+def test_a_window_keeps_only_its_pages(name: str, most: int, engines: Callable[[str], Engine]) -> None:
+    """However long the request: of 58 tokens in pages of 8, a window of 12 sees three at most."""
+    engine = engines(name)
+    ledger = engine._scheduler.ledger
+    limited = next(i for i, group in enumerate(ledger.groups) if group.reach.limited)
+    engine.add("slides", (PROMPT * 3)[:50], FREE, cache_salt="slides")
+    held: list[int] = []
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+        held += [sum(page > 0 for page in seq.tables[limited]) for seq in engine._scheduler.running]
+    assert max(held) <= most < 50 // ledger.block_size
+    assert engine.stats().pages_used == 0
 
 
-@pytest.mark.parametrize("name", ["full", "alternating", "sliding", "recurrent", "latent"])
+@pytest.mark.parametrize("name", list(ENGINES))
+def test_caches_take_the_bytes_that_were_planned(name: str, engines: Callable[[str], Engine]) -> None:
+    engine = engines(name)
+    assert sum(cache.nbytes for cache in jax.tree.leaves(engine._runner._caches)) == engine.info.cache_bytes
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_preempted_requests_keep_their_tokens(name: str, engines: Callable[[str], Engine]) -> None:
     """Four sequences grow until the cache is full; whoever came last gives way, and loses nothing."""
     engine = engines(name)

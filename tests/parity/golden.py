@@ -120,7 +120,7 @@ def assert_scores_agree(golden: Golden, model: Model, params: Any) -> None:
 
 
 def assert_engine_agrees(golden: Golden, path: Path) -> None:
-    """The prompts in batches, in chunks and small pages: the same tokens, and every log-probability."""
+    """The prompts in batches, in chunks and small pages: the same tokens, every log-probability, and nothing compiled."""
     config = EngineConfig(
         max_model_len=golden.max_len,
         max_num_seqs=BATCH,
@@ -145,6 +145,7 @@ def assert_engine_agrees(golden: Golden, path: Path) -> None:
             if output.prompt_logprobs is not None:
                 prompt_logprobs[output.request_id] = list(output.prompt_logprobs)
     engine.check_integrity()
+    assert engine.stats().compilations == 0, f"{golden.case}: compiled while it served"
     engine.close()
     for i, new in enumerate(golden.tokens):
         ours = generated[str(i)]

@@ -120,7 +120,7 @@ def _name_of(value: Any) -> str:
 def _arrow() -> Any:
     """pyarrow, an extra; it has no types."""
     import pyarrow  # noqa: PLC0415  # pyright: ignore[reportMissingTypeStubs]
-    import pyarrow.parquet  # noqa: PLC0415  # pyright: ignore[reportMissingTypeStubs]
+    import pyarrow.parquet  # noqa: PLC0415  # pyright: ignore[reportMissingTypeStubs, reportUnusedImport]
 
     return pyarrow
 
