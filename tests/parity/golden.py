@@ -120,7 +120,7 @@ def assert_scores_agree(golden: Golden, model: Model, params: Any) -> None:
 
 
 def assert_engine_agrees(golden: Golden, path: Path) -> None:
-    """The prompts in batches, in chunks and small pages: the same tokens, every log-probability, and nothing compiled."""
+    """The prompts in batches, chunks and small pages: the same tokens, every log-probability, nothing compiled."""
     config = EngineConfig(
         max_model_len=golden.max_len,
         max_num_seqs=BATCH,
