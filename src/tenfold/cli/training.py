@@ -254,14 +254,14 @@ def trains(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., Non
             if p.name != "training"
         ]
 
-        @functools.wraps(command)
         def run(**given: Any) -> None:
             training = train_config(**{p.name: given.pop(p.name) for p in shared})
             command(**given, training=training)
 
-        run.__signature__ = inspect.Signature([*own, *shared])  # pyright: ignore[reportAttributeAccessIssue]
-        run.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}  # what typer reads
-        return run
+        made: Any = functools.update_wrapper(run, command)
+        made.__signature__ = inspect.Signature([*own, *shared])
+        made.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}  # what typer reads
+        return made
 
     return decorate
 

@@ -27,7 +27,14 @@ DATA_FILES = ("*.txt", "*.jsonl", "*.parquet", "*.arrow", "dataset_dict.json", "
 """Shell patterns of what data may consist of."""
 
 _SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
-_KINDS = {str: "string", list: "list", dict: "struct", bool: "bool", int: "int64", float: "double"}
+_KINDS: dict[type[Any], str] = {
+    str: "string",
+    list: "list",
+    dict: "struct",
+    bool: "bool",
+    int: "int64",
+    float: "double",
+}
 
 
 @runtime_checkable
@@ -44,7 +51,7 @@ class Records(Protocol):
         ...
 
 
-def open_records(where: str | Path, columns: Mapping[str, type], *, split: str = "train") -> Records:
+def open_records(where: str | Path, columns: Mapping[str, type[Any]], *, split: str = "train") -> Records:
     """The rows of a file, or of a directory's files in the order of their names.
 
     Args:
@@ -93,7 +100,7 @@ def _of_split(files: Sequence[Path], directory: Path, split: str) -> list[Path]:
     return of[split]
 
 
-def _open_file(file: Path, columns: Mapping[str, type]) -> Records:
+def _open_file(file: Path, columns: Mapping[str, type[Any]]) -> Records:
     if file.stat().st_size == 0:
         raise DataError(f"{file} is empty; remove it, or put data into it")
     match file.suffix:
@@ -151,7 +158,7 @@ class _Joined:
 class _TextFile:
     """A file of text, which is one row."""
 
-    def __init__(self, file: Path, columns: Mapping[str, type]) -> None:
+    def __init__(self, file: Path, columns: Mapping[str, type[Any]]) -> None:
         for column in columns:
             if column != "text":
                 raise _missing_column(str(file), column, ["text"])
@@ -174,7 +181,7 @@ class _TextFile:
 class _JsonLines:
     """An object per line. Blank lines are no rows."""
 
-    def __init__(self, file: Path, columns: Mapping[str, type]) -> None:
+    def __init__(self, file: Path, columns: Mapping[str, type[Any]]) -> None:
         self._file, self._columns = file, columns
         with file.open("rb") as opened:
             self._bytes = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
@@ -221,7 +228,7 @@ class _JsonLines:
 class _ArrowRows:
     """An Arrow file, mapped into memory, in either of its formats."""
 
-    def __init__(self, file: Path, columns: Mapping[str, type], *, shown: Path) -> None:
+    def __init__(self, file: Path, columns: Mapping[str, type[Any]], *, shown: Path) -> None:
         pa = _arrow()
         self._shown = shown
         mapped = pa.memory_map(str(file))
@@ -260,9 +267,9 @@ class _ArrowRows:
         return f"{self._shown}, row {index}"
 
 
-def _check_schema(shown: Path, schema: Any, columns: Mapping[str, type]) -> None:
+def _check_schema(shown: Path, schema: Any, columns: Mapping[str, type[Any]]) -> None:
     pa = _arrow()
-    fits: dict[type, Callable[[Any], bool]] = {
+    fits: dict[type[Any], Callable[[Any], bool]] = {
         str: lambda t: pa.types.is_string(t) or pa.types.is_large_string(t),
         list: lambda t: pa.types.is_list(t) or pa.types.is_large_list(t),
         dict: pa.types.is_struct,
@@ -278,7 +285,7 @@ def _check_schema(shown: Path, schema: Any, columns: Mapping[str, type]) -> None
             raise DataError(f"{shown}: the column {column!r} must be {_KINDS[kind]}; it is {found}")
 
 
-def _unpack_parquet(file: Path, columns: Mapping[str, type]) -> Path:
+def _unpack_parquet(file: Path, columns: Mapping[str, type[Any]]) -> Path:
     """The wanted columns as an Arrow file in the cache, made unless it is there; Parquet has no cheap random access."""
     pa = _arrow()
     status = file.stat()

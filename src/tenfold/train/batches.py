@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import grain
+import jax
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
@@ -16,6 +17,7 @@ from tenfold.base.errors import ConfigError, DataError, TenfoldError
 from tenfold.data.packing import Example, Rows, chunk, pack
 from tenfold.data.records import Records
 from tenfold.data.tokenizer import Tokenizer
+from tenfold.parallel.layout import Layout
 
 WINDOW = 256  # rows that are packed together: of documents of any lengths below a row's, 97 % is then tokens
 PREFETCHED = 8  # batches that are ready before they are asked for
@@ -235,6 +237,13 @@ class _PackedRowsIterator(grain.DatasetIterator):
 
 
 _MOST_EMPTY = 100_000
+
+
+def place(batch: Any, layout: Layout) -> Any:
+    """A batch of this process's rows as one of all processes' on a mesh; as it is where there is none."""
+    if layout.mesh is None:
+        return batch
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout.rows, np.asarray(x)), batch)
 
 
 def fill(batches: Iterator[Rows]) -> float:

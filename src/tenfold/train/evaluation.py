@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tenfold.nn.param import Tree
 from tenfold.parallel.layout import NOWHERE, Layout
+from tenfold.train.batches import place
 from tenfold.train.loss import Loss
 from tenfold.train.step import cast
 
@@ -35,7 +35,7 @@ class Perplexity:
         dtype: str = "float32",
     ) -> None:
         self._frozen = {} if frozen is None else frozen
-        self._batches = [_place(batch, layout) for batch in batches]
+        self._batches = [place(batch, layout) for batch in batches]
         self._sums = jax.jit(lambda trainable, frozen, batch: loss(cast(trainable, jnp.dtype(dtype)), frozen, batch))
 
     def __call__(self, trainable: Tree) -> dict[str, float]:
@@ -43,9 +43,3 @@ class Perplexity:
         sums = [self._sums(trainable, self._frozen, batch) for batch in self._batches]
         mean = sum(float(part.total) for part in sums) / max(sum(float(part.weight) for part in sums), 1e-6)
         return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
-
-
-def _place(batch: Any, layout: Layout) -> Any:
-    if layout.mesh is None:
-        return batch
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout.rows, np.asarray(x)), batch)

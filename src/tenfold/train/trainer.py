@@ -24,7 +24,7 @@ from tenfold.base.errors import ConfigError, TrainingError
 from tenfold.nn.param import Tree, abstract
 from tenfold.parallel.hosts import watching_hosts
 from tenfold.parallel.layout import NOWHERE, Layout
-from tenfold.train.batches import Batches
+from tenfold.train.batches import Batches, place
 from tenfold.train.checkpoints import CheckpointConfig, Checkpoints, gather
 from tenfold.train.events import Events, Stopwatch
 from tenfold.train.flops import peak_flops
@@ -285,9 +285,7 @@ class _Run:
         layout = self._job.layout
         rows, length = (*jax.tree.leaves(batch)[0].shape, 1)[:2]
         layout.check(rows * jax.process_count(), length, self._config.gradient_accumulation_steps)
-        if layout.mesh is None:
-            return batch
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout.rows, np.asarray(x)), batch)
+        return place(batch, layout)
 
     def _pauses(self, done: int) -> bool:
         config = self._config
