@@ -1,6 +1,7 @@
 """Tiny models written as llama.cpp's scripts would write them, with the package `gguf`, and read back."""
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,25 @@ from hypothesis import strategies as st
 
 from tenfold.base import gguf, gguf_names
 from tenfold.base.errors import CheckpointError, TenfoldError, UnsupportedModelError
-from tenfold.base.gguf_names import NAMINGS, deinterleaved, interleaved, map_tensors, read_config
+from tenfold.base.gguf_config import read_config
+from tenfold.base.gguf_names import NAMINGS, deinterleaved, interleaved, map_tensors
 from tenfold.models.family import Model, resolve
 from tenfold.nn.param import leaves
 from tests.parity.cases import CASES, make_weight
 
 CONFIGS = {case.name: case.config for case in CASES}
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2"}
+ARCHITECTURES = {
+    "mistral": "llama",
+    "mixtral": "llama",
+    "gemma3_text": "gemma3",
+    "olmo3": "olmo2",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+}
+HALVED = ("deepseek_v3",)  # cases whose files have the two halves of kv_b apart, as newer ones do
 
 # A case, and what of it GGUF cannot say: its files leave activations out, and what Gemma's queries are divided by.
 EXPRESSIBLE: dict[str, dict[str, Any]] = {
@@ -60,6 +73,18 @@ EXPRESSIBLE: dict[str, dict[str, Any]] = {
     "olmo2-mha-biases-v4": {},
     "olmo3": {},
     "olmo3-v4": {},
+    "mixtral": {},
+    "mixtral-sliding-v4": {},
+    "qwen2_moe-v4": {"mlp_only_layers": []},
+    "qwen2_moe-sliding": {"use_sliding_window": False, "norm_topk_prob": False},
+    "qwen3_moe": {"mlp_only_layers": []},
+    "qwen3_moe-sparse-step-v4": {"use_sliding_window": False, "norm_topk_prob": True, "decoder_sparse_step": 1},
+    "olmoe": {},
+    "gpt_oss": {"swiglu_limit": 7.0},
+    "deepseek_v2": {},
+    "deepseek_v2-yarn-v4": {},
+    "deepseek_v3": {},
+    "deepseek_v3-halves-v4": {"rope_interleave": True},
 }
 
 
@@ -88,20 +113,47 @@ def permute(weights: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
-def converted(config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a file. Names come from the library."""
+def converted(config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str, str, np.ndarray]]:
+    """The tensors of a file, each with Hugging Face's name for it, where "{}" is any expert. Names come from the
+    library."""
     kind = next(kind for kind, name in library.MODEL_ARCH_NAMES.items() if name == architecture)
     names = library.get_tensor_name_map(kind, config["num_hidden_layers"])
+    tensors: dict[str, list[np.ndarray]] = {}
     for name, array in hf_tensors(config).items():
+        tensors.setdefault(re.sub(r"experts\.\d+\.", "experts.{}.", name), []).append(array)
+    for hf_name, arrays in tensors.items():
+        name = re.sub(r"_bias$", ".bias", hf_name.replace("{}.", "").replace("experts.gate_up", "experts.gate"))
+        name += "" if name.endswith(("weight", "bias")) else ".weight"
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
+        array = np.stack(arrays) if "{}" in hf_name else arrays[0]
         if architecture in ("llama", "smollm3") and ".q_proj." in name:
             array = permute(array, config["num_attention_heads"])
         if architecture in ("llama", "smollm3") and ".k_proj." in name:
             array = permute(array, config["num_key_value_heads"])
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
             array = array + 1
-        yield found, array
+        if name.endswith("shared_expert_gate.weight") and "head_dim" in config:
+            array = array[0]  # as scripts do that leave out dims of 1
+        yield found, hf_name, array
+
+
+def split(config: Mapping[str, Any], name: str, array: np.ndarray, halved: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """What the scripts take apart and turn: of kv_b each head's keys and values, and gpt-oss's experts."""
+    if halved and ".attn_kv_b." in name:
+        K, V, R = (config[key] for key in ("qk_nope_head_dim", "v_head_dim", "kv_lora_rank"))
+        k, v = np.split(array.reshape(-1, K + V, R), [K], axis=1)
+        yield name.replace("kv_b", "k_b"), np.ascontiguousarray(k.transpose(0, 2, 1))
+        yield name.replace("kv_b", "v_b"), np.ascontiguousarray(v)
+    elif config["model_type"] == "gpt_oss" and "_exps." in name:
+        array = array.swapaxes(1, 2) if name.endswith("weight") else array
+        if "ffn_gate" in name:
+            yield name, np.ascontiguousarray(array[:, ::2])
+            yield name.replace("gate", "up"), np.ascontiguousarray(array[:, 1::2])
+        else:
+            yield name, np.ascontiguousarray(array)
+    else:
+        yield name, array
 
 
 def rope_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -117,8 +169,17 @@ def rope_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return given.get("full_attention", given), given.get("sliding_attention", sliding)
 
 
-def write_model(path: Path, config: Mapping[str, Any]) -> None:
-    """A file with the metadata that the scripts write for such a model."""
+def write_model(
+    path: Path,
+    config: Mapping[str, Any],
+    *,
+    halved: bool = False,
+    blocks: library.GGMLQuantizationType = library.GGMLQuantizationType.F32,
+) -> None:
+    """A file with the metadata that the scripts write for such a model.
+
+    `halved`: kv_b is in halves; `blocks`: of matrices whose rows consist of them.
+    """
     architecture = ARCHITECTURES.get(config["model_type"], config["model_type"])
     writer = library.GGUFWriter(path, architecture)
     writer.add_context_length(config["max_position_embeddings"])
@@ -126,24 +187,29 @@ def write_model(path: Path, config: Mapping[str, Any]) -> None:
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_head_count_kv(1 if halved else config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_file_type(0)
     writer.add_bos_token_id(5)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if config.get("head_dim"):
+    if config.get("head_dim") and architecture != "deepseek2":
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     if architecture == "llama":
         writer.add_vocab_size(config["vocab_size"])
         writer.add_rope_dimension_count(head_dim)
     add_windows(writer, architecture, config)
+    add_experts(writer, config)
+    if architecture == "deepseek2":
+        add_latents(writer, config, halved)
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if config.get(key):
             getattr(writer, f"add_{key}")(config[key])
     add_rope(writer, architecture, config, head_dim)
-    for name, array in converted(config, architecture):
-        writer.add_tensor(name, array)
+    for name, _, array in converted(config, architecture):
+        for part, values in split(config, name, array, halved):
+            kind = blocks if values.ndim > 1 and values.shape[-1] % 32 == 0 else library.GGMLQuantizationType.F32
+            writer.add_tensor(part, library.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -159,6 +225,49 @@ def add_windows(writer: library.GGUFWriter, architecture: str, config: Mapping[s
             writer.add_sliding_window_pattern(config["sliding_window_pattern"])
         elif "layer_types" in config and architecture != "gemma2":
             writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+
+
+def add_experts(writer: library.GGUFWriter, config: Mapping[str, Any]) -> None:
+    count = next((config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in config), 0)
+    if count:
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    if config["model_type"] == "gpt_oss":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+    if "moe_intermediate_size" in config:
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if "shared_expert_intermediate_size" in config:
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+
+
+def add_latents(writer: library.GGUFWriter, config: Mapping[str, Any], halved: bool) -> None:
+    third = config["model_type"] == "deepseek_v3"
+    key, value = config["qk_nope_head_dim"] + config["qk_rope_head_dim"], config["v_head_dim"]
+    if halved:
+        writer.add_key_length(config["kv_lora_rank"] + config["qk_rope_head_dim"])
+        writer.add_value_length(config["kv_lora_rank"])
+        writer.add_key_length_mla(key)
+        writer.add_value_length_mla(value)
+    else:
+        writer.add_key_length(key)
+        writer.add_value_length(value)
+    if config["q_lora_rank"] is not None:
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(config["kv_lora_rank"])
+    writer.add_rope_dimension_count(config["qk_rope_head_dim"])
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config.get("routed_scaling_factor", 2.5 if third else 1.0))
+    writer.add_expert_weights_norm(config.get("norm_topk_prob", False))
+    writer.add_expert_gating_func(
+        library.ExpertGatingFuncType.SIGMOID if third else library.ExpertGatingFuncType.SOFTMAX
+    )
+    if "n_group" in config:
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+    rope, _ = rope_of(config)
+    if "mscale_all_dim" in rope:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
 
 
 def add_rope(writer: library.GGUFWriter, architecture: str, config: Mapping[str, Any], head_dim: int) -> None:
@@ -227,10 +336,12 @@ def rounded(model: Model) -> Any:
 def test_the_model_comes_back(tmp_path: Path, name: str) -> None:
     """The same configuration and the same weights as the checkpoint that the file was made from."""
     config = config_of(name)
-    write_model(tmp_path / "a.gguf", config)
+    write_model(tmp_path / "a.gguf", config, halved=name in HALVED)
     file = gguf.open(tmp_path / "a.gguf")
     found = read_config(file)
     assert rounded(resolve(found)) == rounded(resolve(config))
+    known = gguf_names.naming(file)
+    assert found["architectures"][0] in (known.architecture, *known.others)
     assert found["bos_token_id"] == 5
     assert found["eos_token_id"] is None
     assert found["dtype"] == "float32"
@@ -239,8 +350,16 @@ def test_the_model_comes_back(tmp_path: Path, name: str) -> None:
     assert set(sources) == set(weights)
     for hf_name, source in sources.items():
         array = file.dequantize(source.name)
+        array = array if source.expert is None else array[source.expert]
+        if source.values is not None:
+            array = np.concatenate([array.transpose(0, 2, 1), file.dequantize(source.values)], axis=1)
+            array = array.reshape(-1, array.shape[-1])
+        if source.ups is not None:
+            array = np.stack([array, file.dequantize(source.ups)], axis=2).reshape(len(array), -1, *array.shape[2:])
+        array = array.swapaxes(1, 2) if source.turned else array
         rows = source.rows(len(array))
         array = array if rows is None else array[rows]
+        array = array.reshape(weights[hf_name].shape)
         np.testing.assert_allclose(array - np.float32(source.offset), weights[hf_name], atol=2e-7 * source.offset)
 
 
@@ -249,8 +368,8 @@ def test_names_go_both_ways(name: str) -> None:
     config = config_of(name)
     architecture = ARCHITECTURES.get(config["model_type"], config["model_type"])
     naming = NAMINGS[architecture]
-    for (theirs, _), hf_name in zip(converted(config, architecture), hf_tensors(config), strict=True):
-        assert gguf_names.to_gguf_name(naming, hf_name) == theirs
+    for theirs, hf_name, _ in converted(config, architecture):
+        assert gguf_names.to_gguf_name(naming, hf_name.format(11)) == theirs
         assert gguf_names.to_hf_name(naming, theirs) == hf_name
 
 
@@ -317,6 +436,35 @@ def test_gemma_3_without_a_window_sees_everything(tmp_path: Path) -> None:
     assert found["sliding_window"] is None
 
 
+def test_older_files_of_deepseek_leave_its_groups_out(tmp_path: Path) -> None:
+    """DeepSeek V3, as its config.json has it."""
+    sizes = {
+        "block_count": 61,
+        "embedding_length": 7168,
+        "attention__head_count": 128,
+        "attention__head_count_kv": 128,
+        "attention__key_length": 192,
+        "attention__q_lora_rank": 1536,
+        "attention__kv_lora_rank": 512,
+        "rope__dimension_count": 64,
+        "expert_count": 256,
+        "expert_used_count": 8,
+        "expert_shared_count": 1,
+        "expert_feed_forward_length": 2048,
+        "expert_gating_func": 2,
+        "expert_weights_norm": True,
+        "expert_weights_scale": 2.5,
+        "leading_dense_block_count": 3,
+    }
+    found = read_config(model_file(tmp_path / "a.gguf", metadata_of("deepseek2", **sizes)))
+    assert (found["architectures"], found["n_group"], found["topk_group"]) == (["DeepseekV3ForCausalLM"], 8, 4)
+    assert [found[f"{name}_head_dim"] for name in ("qk_nope", "qk_rope", "v")] == [128, 64, 128]
+    router: Any = resolve(found).config.router
+    assert (router.top_k, router.groups, router.top_groups, router.scale) == (8, 8, 4, 2.5)
+    with pytest.raises(UnsupportedModelError, match="has 3 as deepseek2.expert_gating_func"):
+        read_config(model_file(tmp_path / "b.gguf", metadata_of("deepseek2", **sizes | {"expert_gating_func": 3})))
+
+
 def test_what_files_leave_out(tmp_path: Path) -> None:
     """As the oldest: heads are wide as they must be, every head has its own keys, nothing is scaled."""
     bare = metadata_of("llama", attention__key_length=None, attention__value_length=None, attention__head_count_kv=None)
@@ -374,7 +522,7 @@ def test_quantised_files_have_no_dtype(tmp_path: Path) -> None:
     ("architecture", "keys", "message"),
     [
         ("mamba", {}, "has the architecture 'mamba', which Tenfold does not read from GGUF; it reads llama, qwen2"),
-        ("llama", {"expert_count": 8}, "has 8 as llama.expert_count, which is not implemented"),
+        ("qwen2", {"expert_count": 8}, "has 8 as qwen2.expert_count, which is not implemented"),
         (
             "llama",
             {"attention__temperature_scale": 0.1},
@@ -439,7 +587,7 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["blk.0.ffn_gate_exps.weight", "blk.00.attn_q.weight", "blk.0.attn_q.scale", "blk.x.attn_q.weight", "weight"],
+    ["blk.0.ffn_gate_shexp.weight", "blk.00.attn_q.weight", "blk.0.attn_q.scale", "blk.x.attn_q.weight", "weight"],
 )
 def test_unknown_tensors_are_refused(tmp_path: Path, name: str) -> None:
     file = model_file(tmp_path / "a.gguf", metadata_of("llama"), tensors={name: np.ones(3, np.float32)})

@@ -18,9 +18,10 @@ from tenfold.models.family import resolve
 from tenfold.nn import checkpoint, gguf_checkpoint, quantization
 from tenfold.nn.param import Tree, is_param, leaves, shardings
 from tenfold.parallel.sharding import make_mesh
-from tests.base.test_gguf_names import config_of, hf_tensors, write_model
+from tests.base.test_gguf_names import HALVED, config_of, hf_tensors, write_model
 from tests.gguf_files import CONFIG, HEADS, metadata, stored, tensors, write_pico, write_split
 
+Q8_0, MXFP4 = library.GGMLQuantizationType.Q8_0, library.GGMLQuantizationType.MXFP4
 BLOCKS = [kind for kind in GGMLType if kind not in FLOATS]
 MODEL = resolve(CONFIG)
 PICO = MODEL.params()
@@ -30,10 +31,15 @@ def expected(tree: Tree, tensors: dict[str, np.ndarray]) -> list[np.ndarray]:
     """The weights of a tree as matrices [inputs, outputs], or as they are, out of a checkpoint's tensors."""
     found = []
     for _, p in leaves(tree):
-        source = p.sources[0]
-        array = tensors[source.name]
-        array = array if source.rows is None else array[slice(*source.rows)]
+        arrays = [tensors[source.name] for source in p.sources]
+        if p.stack_dims:
+            found.append(np.stack([array.T for array in arrays]))
+            continue
+        [array], rows = arrays, p.sources[0].rows
+        array = array if rows is None else array[slice(*rows)]
         found.append(array.T if p.inputs and array.ndim == 2 else array.reshape(p.shape))
+        if p.experts and p.inputs:
+            found[-1] = array  # inputs come first in fused experts
     return found
 
 
@@ -91,6 +97,8 @@ def test_every_format(tmp_path: Path, kind: GGMLType) -> None:
         for field in ("d", "m", "dmin"):
             if field in (view.dtype.names or ()):
                 view[field] = random.uniform(0.001, 0.01, view.shape)
+        if "e" in (view.dtype.names or ()):
+            view["e"] = random.integers(118, 122, view.shape)
         return raw
 
     written = tensors(GGMLType.F32)
@@ -122,16 +130,60 @@ def test_stacked_and_sharded_weights_are_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-biases", "gemma2", "gemma3-layer-types", "phi3-longrope-short", "olmo3", "smollm3"]
+    "name",
+    [
+        *("llama-biases", "gemma2", "gemma3-layer-types", "phi3-longrope-short", "olmo3", "smollm3"),
+        *("mixtral", "qwen2_moe-v4", "qwen2_moe-sliding", "deepseek_v2-yarn-v4", "deepseek_v3", "gpt_oss"),
+    ],
 )
 def test_families(tmp_path: Path, name: str) -> None:
-    """With norms that hold one more, biases of interleaved rows, and fused tensors."""
+    """With norms that hold one more, biases of interleaved rows, fused tensors, stacked experts, and halves."""
     config = config_of(name)
-    write_model(tmp_path / "model.gguf", config)
+    write_model(tmp_path / "model.gguf", config, halved=name in HALVED)
     tree = resolve(config).params()
     loaded = checkpoint.load(tmp_path, tree, jnp.float32)
     for found, wanted in zip(matrices(tree, loaded), expected(tree, hf_tensors(config)), strict=True):
         np.testing.assert_allclose(found, wanted, atol=2e-7)  # one more, and less again
+
+
+def test_experts_in_blocks_are_held_as_they_are_stored(tmp_path: Path) -> None:
+    config = config_of("mixtral") | {"hidden_size": 64, "intermediate_size": 32}
+    write_model(tmp_path / "model.gguf", config, blocks=Q8_0)
+    tree = resolve(config).params()
+    loaded = checkpoint.load(tmp_path, tree, jnp.float32)
+    rounded = hf_tensors(config)
+    for name, array in rounded.items():
+        if array.ndim == 2 and array.shape[1] % 32 == 0:
+            rounded[name] = quants.dequantize(quants.quantize(array, Q8_0), Q8_0)
+    for (_, p), weight, found, wanted in zip(
+        leaves(tree),
+        jax.tree.leaves(loaded, is_leaf=_is_quantized),
+        matrices(tree, loaded),
+        expected(tree, rounded),
+        strict=True,
+    ):
+        assert _is_quantized(weight) == (bool(p.inputs) and p.input_size % 32 == 0), p
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+    experts = loaded["layers"][0]["down"]
+    assert (experts.bits, experts.codes.shape) == (8, (6, 32, 64))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+    assert quantization.nbytes(tree, jnp.float32, checkpoint.read_quantization(tmp_path)) == held
+
+
+def test_fused_experts_in_blocks_are_held_as_they_are_stored(tmp_path: Path) -> None:
+    """gpt-oss's, whose gates and ups are rows of two tensors."""
+    config = config_of("gpt_oss") | {"hidden_size": 64, "intermediate_size": 32}
+    write_model(tmp_path / "model.gguf", config, blocks=MXFP4)
+    tree = resolve(config).params()
+    loaded = checkpoint.load(tmp_path, tree, jnp.float32)
+    for name, hf in (("gate_up_pairs", "gate_up_proj"), ("down", "down_proj")):
+        weight = loaded["layers"][1][name]
+        assert isinstance(weight, QuantizedWeight)
+        stored = hf_tensors(config)[f"model.layers.1.mlp.experts.{hf}"].swapaxes(1, 2)
+        wanted = quants.dequantize(quants.quantize(np.ascontiguousarray(stored), MXFP4), MXFP4).swapaxes(1, 2)
+        np.testing.assert_array_equal(weight.dequantize(jnp.float32), wanted)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+    assert quantization.nbytes(tree, jnp.float32, checkpoint.read_quantization(tmp_path)) == held
 
 
 def test_a_split(tmp_path: Path) -> None:

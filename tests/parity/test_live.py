@@ -1,11 +1,12 @@
 """The families against transformers itself, on weights that no golden file has: `make parity`.
 
-Needs `.venv-peers` (torch and transformers), which `make parity` sets up.
+Needs `.venv-peers` (torch and transformers), which `make parity` sets up. A case for each building block is not slow:
+`pytest -m "parity and not slow"` asks transformers about those alone.
 """
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,42 @@ from tenfold.models.family import Model, resolve
 from tenfold.nn import checkpoint
 from tenfold.nn.param import initialize
 from tests.parity import golden
-from tests.parity.cases import CASES, Case
+from tests.parity.cases import CASES
 
 ROOT = Path(__file__).parents[2]
 PEER = ROOT / ".venv-peers" / "bin" / "python"
 SEED = 1000  # far from those of the golden files
-NAMES = [case.name for case in CASES]
-TEXT = [case for case in CASES if "text_config" not in case.config]  # we export no other modalities
+BLOCKS = {  # what each stands for
+    "llama": "grouped queries and a gated feed-forward",
+    "gemma2": "windows, soft-caps, norms on both sides",
+    "qwen3-sliding-yarn-biases": "norms of heads, biases, YaRN",
+    "phi3-longrope-long-v4": "fused tensors, longrope",
+    "gpt2": "learned positions, layer norms, a plain feed-forward",
+    "gemma3n": "shared caches, inputs of layers",
+    "qwen3_next": "Gated DeltaNet, a shared expert",
+    "falcon_h1": "Mamba 2 beside attention",
+    "nemotron_h": "layers of one part each",
+    "deepseek_v3": "latents, groups of experts",
+    "gpt_oss": "sinks, fused experts",
+    "llama4": "chunks, experts weighed on their input",
+}
+TABLES = ("config_keys", "parameter_counts")
+CASE = {case.name: case for case in CASES}
+TEXT = [case.name for case in CASES if "text_config" not in case.config]  # we export no other modalities
 
 pytestmark = [pytest.mark.parity, pytest.mark.timeout(1800)]
+
+
+def params(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=() if name in BLOCKS else pytest.mark.slow) for name in names]
+
+
+def chosen(request: pytest.FixtureRequest, fixture: str) -> list[str]:
+    """The cases of all tests that will run and use the fixture."""
+    users = [each for each in request.session.items if fixture in getattr(each, "fixturenames", ())]
+    return sorted(
+        {each.callspec.params["name"] for each in users if isinstance(each, pytest.Function) and "[" in each.name}
+    )
 
 
 def run_peer(*args: str) -> None:
@@ -37,10 +65,13 @@ def run_peer(*args: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What transformers answers now, in the form of golden files."""
     path = tmp_path_factory.mktemp("answers")
-    run_peer("-m", "tests.parity.reference", "--write", str(path), "--seed", str(SEED))
+    run_peer(
+        *("-m", "tests.parity.reference", "--write", str(path), "--seed", str(SEED)),
+        *("--only", *TABLES, *chosen(request, "answers")),
+    )
     return path
 
 
@@ -57,7 +88,7 @@ def load(path: Path, max_len: int) -> tuple[Model, Any]:
     return model, checkpoint.load(path, model.params(), jnp.float32, skipped=model.skipped())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", params(CASE))
 def test_scores_agree(name: str, answers: Path, tmp_path: Path) -> None:
     wanted = golden.read(answers / f"{name}.json")
     golden.save_checkpoint(wanted, tmp_path)
@@ -65,7 +96,7 @@ def test_scores_agree(name: str, answers: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("compilation_cache")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", params(CASE))
 def test_engine_agrees(name: str, answers: Path, tmp_path: Path) -> None:
     wanted = golden.read(answers / f"{name}.json")
     golden.save_checkpoint(wanted, tmp_path)
@@ -73,8 +104,8 @@ def test_engine_agrees(name: str, answers: Path, tmp_path: Path) -> None:
 
 
 def test_configuration_keys_and_counts_are_those_of_the_golden_files(answers: Path) -> None:
-    for file in ("config_keys.json", "parameter_counts.json"):
-        assert (answers / file).read_bytes() == (golden.DIRECTORY / file).read_bytes()
+    for name in TABLES:
+        assert (answers / f"{name}.json").read_bytes() == (golden.DIRECTORY / f"{name}.json").read_bytes()
 
 
 def draw_weights(model: Model) -> Any:
@@ -84,20 +115,21 @@ def draw_weights(model: Model) -> Any:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory per case that we exported, each with a prompt and what transformers says of it."""
-    path = tmp_path_factory.mktemp("exported")
-    for case in TEXT:
+    path, names = tmp_path_factory.mktemp("exported"), chosen(request, "exported")
+    for case in map(CASE.__getitem__, names):
         model = resolve(case.config).with_max_len(case.max_len)
         checkpoint.export(path / case.name, model.params(), draw_weights(model), config=case.config, dtype=jnp.float32)
         prompt = np.random.default_rng(SEED).integers(0, model.config.V, 60).tolist()
         (path / case.name / "prompt.json").write_text(json.dumps(prompt))
-    run_peer("-m", "tests.parity.score", *(str(path / case.name) for case in TEXT))
+    run_peer("-m", "tests.parity.score", *(str(path / name) for name in names))
     return path
 
 
-@pytest.mark.parametrize("case", TEXT, ids=lambda case: case.name)
-def test_transformers_loads_what_we_export(case: Case, exported: Path) -> None:
+@pytest.mark.parametrize("name", params(TEXT))
+def test_transformers_loads_what_we_export(name: str, exported: Path) -> None:
+    case = CASE[name]
     model = resolve(case.config).with_max_len(case.max_len)
     prompt = json.loads((exported / case.name / "prompt.json").read_text())
     [ours] = golden.score_packed(model, draw_weights(model), [prompt])

@@ -38,10 +38,11 @@ class GGMLType(IntEnum):
     Q5_K = 13
     Q6_K = 14
     BF16 = 30
+    MXFP4 = 39
 
 
 _IQ_TYPES = ("IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS")
-_OTHERS = {9: "Q8_1", 15: "Q8_K", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"}
+_OTHERS = {9: "Q8_1", 15: "Q8_K", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4", 41: "Q1_0"}
 OTHER_TYPES = _OTHERS | dict(enumerate((*_IQ_TYPES, "I8", "I16", "I32", "I64", "F64"), start=16))
 """Names of the formats that are not implemented, for messages."""
 
@@ -260,6 +261,15 @@ def _q6_k(b: np.ndarray) -> _Parts:
     return _Parts(_signed(high, 32), _float32(b["d"]) * b["scales"], None)
 
 
+_FP4_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+
+
+def _mxfp4(b: np.ndarray) -> _Parts:
+    """Floats of 4 bits (e2m1) as integers, twice as large, and powers of two, half as large: exactly."""
+    codes = _FP4_DOUBLED[_nibbles(b["low"].reshape(-1, 16))].reshape(len(b), 32)
+    return _Parts(codes, np.ldexp(np.float32(1), b["e"].astype(np.int32) - 128)[:, None], None)
+
+
 _D, _M, _DMIN = ("d", "<f2"), ("m", "<f2"), ("dmin", "<f2")
 
 
@@ -280,6 +290,7 @@ _FORMATS: dict[GGMLType, _Format] = {
         (GGMLType.Q3_K, 256, 16, 3, _q3_k, [_bytes("high", 32), _bytes("low", 64), _SIX_BITS, _D]),
         (GGMLType.Q4_K, 256, 32, 4, _q4_k, [_D, _DMIN, _SIX_BITS, _bytes("low", 128)]),
         (GGMLType.Q5_K, 256, 32, 5, _q5_k, [_D, _DMIN, _SIX_BITS, _bytes("high", 32), _bytes("low", 128)]),
+        (GGMLType.MXFP4, 32, 32, 5, _mxfp4, [("e", "u1"), _bytes("low", 16)]),
         (GGMLType.Q6_K, 256, 16, 6, _q6_k, [_bytes("low", 128), _bytes("high", 64), ("scales", "i1", 16), _D]),
     )
 }

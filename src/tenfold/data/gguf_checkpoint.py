@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub.utils import WeakFileLock
 
-from tenfold.base import gguf, gguf_names
+from tenfold.base import gguf, gguf_config
 from tenfold.base.errors import CheckpointError, TokenizerError
 from tenfold.base.files import atomic_directory, find_gguf, gguf_pattern, matches
 from tenfold.base.gguf import GGUFFile
@@ -97,7 +97,7 @@ def _prune(home: Path) -> None:
 
 def _describe(model: GGUFFile, tokenizer: bool) -> dict[str, Any]:
     """What the files beside the weights say, by name."""
-    config = gguf_names.read_config(model)
+    config = gguf_config.read_config(model)
     found: dict[str, Any] = {"config.json": config}
     if tokenizer:
         built = build_tokenizer(model.metadata)

@@ -71,8 +71,8 @@ _ASKED: tuple[Mapping[str, Any], ...] = (
         "max_window_layers": 1,
         "no_rope_layers": [1, 0] * (_LAYERS // 2),
     },
-    {"layer_types": ["linear_attention"] * (_LAYERS - 1) + ["full_attention"]},
     {"hybrid_override_pattern": "M*-"},
+    {"layer_types": ["linear_attention"] * (_LAYERS - 1) + ["full_attention"]},
     {"layer_types": ["sliding_attention"] * (_LAYERS - 2) + ["full_attention"] * 2, "num_kv_shared_layers": 1},
 )
 
@@ -107,12 +107,12 @@ def describe(architecture: str) -> Capabilities:
     axes = {axis for model in models for _, p in leaves(model.params()) for axis in p.axes.split()}
     held = set[str]().union(*map(caches, models))
     split = [getattr(DEFAULT_RULES, axis) for axis in axes]
-    gguf = ("gguf",) if architecture in {naming.architecture for naming in NAMINGS.values()} else ()
+    named = [name for naming in NAMINGS.values() for name in (naming.architecture, *naming.others)]
     return Capabilities(
         architecture=architecture,
         caches=tuple(kind for kind in CACHES if kind in held),
         experts="experts" in axes,
-        formats=(*SCHEMES, *METHODS, *gguf),
+        formats=(*SCHEMES, *METHODS, *(["gguf"] if architecture in named else [])),
         axes=tuple(sorted({axis for rule in split if rule for axis in ((rule,) if isinstance(rule, str) else rule)})),
     )
 

@@ -41,6 +41,18 @@ class GGUFFormat:
         """Where a parameter stands, under its name or an alias."""
         return next((self.tensors[name] for name in (source.name, *source.aliases) if name in self.tensors), None)
 
+    def shape(self, stored: TensorSource) -> tuple[int, ...]:
+        """The shape of a checkpoint's tensor, by the file's own; of what does not fit together, the first one's."""
+        shape = self.file.infos[stored.name].shape
+        if stored.expert is not None:
+            return shape[1:]
+        other = self.file.infos.get(stored.ups or stored.values or stored.name)
+        if stored.values is not None and other and len(shape) == 3 and other.shape[::2] == shape[:2]:
+            return shape[0] * (shape[2] + other.shape[1]), shape[1]
+        if stored.ups is not None and other and other.shape == shape:
+            shape = (shape[0], 2 * shape[1], *shape[2:])
+        return (*shape[:1], *shape[:0:-1]) if stored.turned else shape
+
     def grid(self, p: Param) -> Grid | None:
         """How finely a weight is held once it is loaded; None for a plain array."""
         stored = self.find(p.sources[0])
@@ -99,13 +111,12 @@ def _verify(form: GGUFFormat, params: Sequence[Param]) -> None:
         shapes[source.name] = shape
         found[source.name] = form.find(source)
         known |= {source.name, *source.aliases}
-    infos = form.file.infos
     missing = [name for name, stored in found.items() if stored is None]
     unexpected = [stored.name for name, stored in form.tensors.items() if name not in known]
     wrong = [
-        f"{stored.name} has the shape {list(infos[stored.name].shape)} instead of {list(shapes[name])}"
+        f"{stored.name} has the shape {list(form.shape(stored))} instead of {list(shapes[name])}"
         for name, stored in found.items()
-        if stored is not None and infos[stored.name].shape != shapes[name]
+        if stored is not None and _without_ones(form.shape(stored)) != _without_ones(shapes[name])
     ]
     problems = [
         f"{len(lines)} {what}: {', '.join(lines[:_SHOWN])}" + (", and more" if len(lines) > _SHOWN else "")
@@ -118,29 +129,53 @@ def _verify(form: GGUFFormat, params: Sequence[Param]) -> None:
         )
 
 
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without dims of 1, which files have or leave out."""
+    return tuple(size for size in shape if size > 1)
+
+
 def _load_param(p: Param, form: GGUFFormat, dtype: DTypeLike, target: Any) -> jax.Array | QuantizedWeight:
     stored = [found for source in p.sources if (found := form.find(source)) is not None]
     read = [_read(form.file, s, source.rows) for s, source in zip(stored, p.sources, strict=True)]
     weight = hold(p, read) if p.inputs and not p.stacked and target is None else None
     if weight is None:
         arrays = [rows.values(dtype) if isinstance(rows, Affine) else rows for rows in read]
+        arrays = [a.swapaxes(-1, -2) if s.turned else a for a, s in zip(arrays, stored, strict=True)]
+        arrays = [array.reshape(p.checkpoint_shape(s)) for array, s in zip(arrays, p.sources, strict=True)]
         parts = [to_model(array, s.layout, p.source_shape) for array, s in zip(arrays, p.sources, strict=True)]
         weight = transfer.place(parts, dtype, stack_shape=p.stack_shape, sharding=target, release=form.file.release)
-    for s in stored:
-        form.file.release(form.file[s.name])
+    for name in {name for s in stored for name in (s.name, s.ups, s.values) if name is not None}:
+        form.file.release(form.file[name])
     return weight
 
 
 def _read(file: GGUFFile, stored: TensorSource, rows: tuple[int, int] | None) -> Affine | np.ndarray:
     """A checkpoint's tensor, or some rows of it: codes and scales where a matrix is in blocks, and else numbers."""
+    if stored.values is not None:
+        return _joined(file.dequantize(stored.name), file.dequantize(stored.values))
     info, raw = file.infos[stored.name], file[stored.name]
+    raw = raw if stored.expert is None else raw[stored.expert]
     file.will_need(raw)
     blocks = info.type not in FLOATS
+    if stored.ups is not None and file.infos[stored.ups].type == info.type:
+        raw = _alternating(raw, file[stored.ups])
+    elif stored.ups is not None:
+        raw, blocks = _alternating(file.dequantize(stored.name), file.dequantize(stored.ups)), False
     if stored.offset or (blocks and len(info.shape) < 2):
         raw, blocks = file.dequantize(stored.name) - np.float32(stored.offset), False
-    order = stored.rows(info.shape[0]) if info.shape else None
+    order = stored.rows(len(raw)) if info.shape else None
     if order is not None:
         raw = raw[order]
     if rows is not None:
         raw = raw[slice(*rows)]
     return ggml_blocks.unpack(raw, info.type) if blocks else raw
+
+
+def _joined(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Each head's rows for keys, out of [H, R, K], and for values, [H, V, R], as rows of one matrix."""
+    return np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(-1, values.shape[2])
+
+
+def _alternating(gates: np.ndarray, ups: np.ndarray) -> np.ndarray:
+    """The rows of both, [E, F, ...] each, in turn."""
+    return np.stack([gates, ups], axis=2).reshape(len(gates), 2 * gates.shape[1], *gates.shape[2:])
