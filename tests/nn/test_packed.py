@@ -44,7 +44,7 @@ def make_inputs() -> tuple[dict[str, Any], jax.Array]:
         "window": heads(),
         "chunk": heads(),
         "sinks": heads(draw(4)),
-        "latent": Latents(tokens(2, 5), tokens(2, 3), tokens(5), tokens(3)),
+        "latent": Latents(tokens(2, 4), tokens(2, 3), tokens(5), tokens(3), draw(2, 4, 5), draw(2, 6, 5)),
         "convolution": Convolution(tokens(3), draw(3, 4), draw(3)),
         "recurrence": Recurrence(tokens(1, 4), tokens(1, 4), tokens(2, 3), -jnp.abs(tokens(2)), None),
     }

@@ -58,9 +58,11 @@ def packed_attend(segments: Int[Array, "R L"], layout: Layout = NOWHERE) -> Atte
     def attend_latents(inputs: Latents, spec: LatentSpec) -> jax.Array:
         if layout.context == 1:
             return latent_attention.reference(inputs, segments, spec)
-        q = jnp.concatenate([inputs.q, inputs.q_rotated], axis=-1)
+        # Queries go to the latents, so that these go round, which are smaller than the keys and values of all heads.
+        q = jnp.concatenate([jnp.einsum("thk,hkr->thr", inputs.q, inputs.to_keys), inputs.q_rotated], axis=-1)
         k = jnp.concatenate([inputs.latent, inputs.k_rotated], axis=-1)[:, None]
-        return _attend_ring(q, k, inputs.latent[:, None], None, segments, AttentionSpec(spec.scale), layout)
+        read = _attend_ring(q, k, inputs.latent[:, None], None, segments, AttentionSpec(spec.scale), layout)
+        return jnp.einsum("thr,hvr->thv", read, inputs.to_values)
 
     def gather(x: jax.Array) -> jax.Array:
         """Flat tokens, with those of a row end to end."""
