@@ -12,6 +12,8 @@ from tenfold.base.errors import TenfoldError
 from tenfold.cli.main import app
 from tenfold.testing.tiny import write_tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 TENFOLD = str(Path(sys.executable).with_name("tenfold"))
 
 

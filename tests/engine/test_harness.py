@@ -18,6 +18,8 @@ from tenfold.nn.packed import packed_attend
 from tenfold.testing.byte_tokenizer import BOS_ID
 from tenfold.testing.tiny import write_tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 LONGEST = 48
 
 

@@ -11,6 +11,8 @@ import pytest
 from tenfold.base.errors import ConfigError
 from tenfold.parallel.hosts import join_hosts
 
+pytestmark = pytest.mark.slow
+
 
 def start(count: int, steps: int, directory: Path) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:

@@ -17,6 +17,8 @@ from tenfold.parallel.mesh import parse_mesh
 from tenfold.train.parallelism import Parallelism
 from tests.train.cases import MODELS, Case
 
+pytestmark = pytest.mark.slow
+
 ONE_DEVICE = {model: Case(model, Parallelism(mesh="data=1")) for model in MODELS}
 CHEAP = [
     Case("llama", Parallelism(mesh="pipeline=2,fsdp=2,tensor=2", micro_batches=4, schedule="1f1b")),

@@ -23,6 +23,8 @@ from tenfold.train.state import abstract_state
 from tenfold.train.step import make_step
 from tests.train.cases import MODELS
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 64
 
 

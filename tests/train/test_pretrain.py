@@ -23,6 +23,8 @@ from tenfold.train.optimizers import OptimizerConfig
 from tenfold.train.pretrain import Dataset, PretrainConfig, evaluate_model, pretrain
 from tenfold.train.trainer import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 64
 
 

@@ -28,6 +28,8 @@ from tenfold.train.sft import SftConfig, sft
 from tenfold.train.step import accumulate
 from tenfold.train.trainer import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 LORA = LoraConfig(r=2, target_modules=("q_proj", "down_proj"))
 
 

@@ -23,6 +23,8 @@ from tenfold.train.optimizers import OptimizerConfig
 from tenfold.train.trainer import TrainConfig, Trained, train
 from tests.train import runs
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
 
 

@@ -18,6 +18,8 @@ from tenfold.train.embed import Texts, contrastive_loss
 from tenfold.train.example_batches import alone
 from tenfold.train.loss import Loss, full_training
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 17,
