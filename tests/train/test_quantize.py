@@ -57,7 +57,7 @@ def pico() -> tuple[Model, Tree, Rows, Rows]:
     return model, checkpoint.load(path, model.params(), jnp.float32), *split(rows, CALIBRATION)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("int8", 0.01), ("int4", 0.03)])
+@pytest.mark.parametrize(("name", "tolerance"), [pytest.param("int8", 0.01, marks=pytest.mark.slow), ("int4", 0.03)])
 def test_perplexity_stays(name: str, tolerance: float, pico: tuple[Model, Tree, Rows, Rows]) -> None:
     model, params, calibration, held_out = pico
     found = calibrate(model, params, calibration, SCHEMES[name], scale_dtype=jnp.bfloat16)
