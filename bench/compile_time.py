@@ -38,7 +38,8 @@ def lower(model: Model, tokens: int, rows: int, *, decode_only: bool) -> Any:
             lambda spec: spec.make(PAGES, PAGE, np.float32, native=False, held=np.float32), list(model.cache_specs())
         )
     )
-    step = partial(programs.forward, model=model, reaches=(FULL,), block_size=PAGE, decode_only=decode_only)
+    kind = programs.StepKind((FULL,), PAGE, decode_only, 0 if decode_only else tokens)
+    step = partial(programs.forward, model=model, kind=kind)
     history = ints((SLOTS + 1, LENGTH))
     return jax.jit(step, donate_argnums=1).lower(abstract(model.params(), jnp.float32), caches, history, batch)
 

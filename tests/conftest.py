@@ -8,8 +8,10 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
 STRICT_JAX = {
     "JAX_NUM_CPU_DEVICES": "4",  # so that sharding over a mesh is tested without accelerators
@@ -22,6 +24,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on the network
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # all processes of a session share what is slow to compile
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tenfold-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+# Array annotations are checked as tests run, in the modules that have any: each call that is checked takes microseconds
+# more, and declarations of large models and the engine's bookkeeping, which have none, make hundreds of thousands.
+SOURCE = Path(__file__).resolve().parent.parent / "src"
+ANNOTATED = [path for path in sorted(SOURCE.rglob("*.py")) if "from jaxtyping import" in path.read_text()]
+install_import_hook(
+    [".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in ANNOTATED], "beartype.beartype"
+)
 
 # The same cases in every run, without a deadline, because compiling takes longer than running.
 # `pytest --hypothesis-profile explore` looks for new ones.

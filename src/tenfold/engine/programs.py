@@ -1,7 +1,7 @@
 """The device programs of the engine: pure functions, compiled once per bucket.
 
-Dims: T packed tokens, S rows (sequences of the step), D model width, V vocabulary, N blocks of the longest sequence,
-R rows of the token history (one per slot, and one for padding), X its length.
+Dims: T packed tokens, P of the largest step, S rows (sequences of the step), D model width, V vocabulary, N blocks of
+the longest sequence, R rows of the token history (one per slot, and one for padding), X its length.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from tenfold.base.reach import Reach
@@ -23,6 +24,22 @@ from tenfold.models.family import Model
 from tenfold.nn.param import Tree
 
 PROMPT_ROWS = 32  # prompt positions whose logits exist at a time
+
+
+class StepKind(NamedTuple):
+    """What is compiled into a step's program.
+
+    Attributes:
+        reaches: of the layer groups.
+        block_size: tokens of a page.
+        decode_only: every row has one token.
+        padded_to: P: so many hidden states are returned at least, since one program for P scores prompts of every T.
+    """
+
+    reaches: tuple[Reach, ...]
+    block_size: int
+    decode_only: bool
+    padded_to: int
 
 
 class StepBatch(NamedTuple):
@@ -55,17 +72,16 @@ def forward(
     batch: StepBatch,
     *,
     model: Model,
-    reaches: tuple[Reach, ...],
-    block_size: int,
-    decode_only: bool,
-) -> tuple[list[Any], Float[Array, "T D"], Float[Array, "S D"]]:
-    """Computes a step: writes the caches, and returns all hidden states and those of each row's last token.
+    kind: StepKind,
+) -> tuple[list[Any], Float[Array, "P D"], Float[Array, "S D"]]:
+    """Computes a step: writes the caches, which are meant to be donated.
 
-    `reaches` are those of the layer groups; `decode_only`: every row has one token. The caches are meant to be donated.
+    Returns: the caches, all hidden states, and those of each row's last token.
     """
+    block_size, decode_only = kind.block_size, kind.decode_only
 
     def attend(inputs: Any, cache: Any, spec: Any) -> tuple[jax.Array, Any]:
-        group = reaches.index(spec.reach)
+        group = kind.reaches.index(spec.reach)
         ragged = RaggedBatch(
             batch.block_tables[group], batch.kv_lens, batch.query_starts, batch.num_decodes, batch.num_seqs
         )
@@ -95,7 +111,8 @@ def forward(
 
     tokens = history[batch.slots, batch.positions]
     hidden, updated = model.forward(params, tokens, batch.positions, attend, caches)
-    return updated, hidden, hidden[batch.last]
+    padding = max(0, kind.padded_to - hidden.shape[0])
+    return updated, jnp.pad(hidden, ((0, padding), (0, 0))), hidden[batch.last]
 
 
 def sample(
@@ -115,34 +132,45 @@ def sample(
 
 def admit(history: Int[Array, "R X"], slot: Int[Array, ""], tokens: Int[Array, " X"]) -> Int[Array, "R X"]:
     """Writes the tokens that the host knows of a sequence into its row. The history is meant to be donated."""
-    return jax.lax.dynamic_update_slice_in_dim(history, tokens[None], slot, 0)
+    return lax.dynamic_update_slice_in_dim(history, tokens[None], slot, 0)
 
 
 class PromptLogprobs(NamedTuple):
     """Log-probabilities of each packed token's successor in its prompt; `top` are the most likely instead."""
 
-    logprob: Float[Array, " T"]
-    rank: Int[Array, " T"]
-    top_ids: Int[Array, "T k"]
-    top_logprobs: Float[Array, "T k"]
+    logprob: Float[Array, " P"]
+    rank: Int[Array, " P"]
+    top_ids: Int[Array, "P k"]
+    top_logprobs: Float[Array, "P k"]
 
 
 def prompt_logprobs(
     params: Tree,
     history: Int[Array, "R X"],
-    hidden: Float[Array, "T D"],
-    slots: Int[Array, " T"],
-    positions: Int[Array, " T"],
+    hidden: Float[Array, "P D"],
+    slots: Int[Array, " P"],
+    positions: Int[Array, " P"],
+    count: Int[Array, ""],
     *,
     model: Model,
     k: int,
 ) -> PromptLogprobs:
-    """Scores the token after each position of a step, a few positions at a time: T · V logits would not fit."""
-    T = hidden.shape[0]
-    rows = min(T, PROMPT_ROWS)
+    """Scores the tokens after the first `count` positions, a few at a time: P · V logits would not fit, nor be needed.
+
+    What stands beyond, up to a multiple of a few, means nothing.
+    """
+    P = hidden.shape[0]
+    rows = min(P, PROMPT_ROWS)
     following = history[slots, jnp.minimum(positions + 1, history.shape[1] - 1)]
-    pad = -T % rows
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, rows, hidden.shape[1])
-    targets = jnp.pad(following, (0, pad)).reshape(-1, rows)
-    scored = jax.lax.map(lambda part: sampling.logprobs(model.logits(params, part[0]), part[1], k=k), (hidden, targets))
-    return PromptLogprobs(*(x.reshape(-1, *x.shape[2:])[:T] for x in scored))
+    pad = -P % rows
+    hidden, targets = jnp.pad(hidden, ((0, pad), (0, 0))), jnp.pad(following, (0, pad))
+
+    def score(part: Int[Array, ""], scored: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        of_part = [lax.dynamic_slice_in_dim(x, part * rows, rows) for x in (hidden, targets)]
+        found = sampling.logprobs(model.logits(params, of_part[0]), of_part[1], k=k)
+        pairs = zip(scored, found, strict=True)
+        return tuple(lax.dynamic_update_slice_in_dim(whole, new, part * rows, 0) for whole, new in pairs)
+
+    shapes = ((), jnp.float32), ((), jnp.int32), ((k,), jnp.int32), ((k,), jnp.float32)
+    empty = tuple(jnp.zeros((P + pad, *shape), dtype) for shape, dtype in shapes)
+    return PromptLogprobs(*lax.fori_loop(0, (count + rows - 1) // rows, score, empty))

@@ -98,7 +98,7 @@ class Runner:
         rows = sorted(self._rows, reverse=True)  # what takes longest first
         mixed, decodes = self._mixed, self._decodes
         jobs = [*(("sample", S) for S in rows), *(("mixed", T) for T in mixed), *(("decode", T) for T in decodes)]
-        jobs += [*(("logprobs", S) for S in rows), *(("prompt_logprobs", T) for T in mixed), ("admit", 0)]
+        jobs += [("prompt_logprobs", mixed[-1]), *(("logprobs", S) for S in rows), ("admit", 0)]
         cache = ProgramCache(programs_directory(), jax.tree.leaves(self._params)[0].devices().pop())
         self._compiled = cache.take({job: self._program(*job) for job in jobs}, report)
         self._time_steps()
@@ -114,8 +114,9 @@ class Runner:
         donated: tuple[int, ...] = ()
         match name:
             case "decode" | "mixed":
-                bound = {"reaches": self._reaches, "block_size": self.config.block_size}
-                bound |= {"model": self.model, "decode_only": name == "decode"}
+                alone = name == "decode"
+                kind = programs.StepKind(self._reaches, self.config.block_size, alone, 0 if alone else self._mixed[-1])
+                bound = {"model": self.model, "kind": kind}
                 fn, donated = programs.forward, (1,)
                 args = params, abstract(self._caches), history, abstract(self._step_batch((), size))
             case "sample":
@@ -126,7 +127,7 @@ class Runner:
                 args = jax.ShapeDtypeStruct((size, self.model.config.V), jnp.float32), ints
             case "prompt_logprobs":
                 fn, bound = programs.prompt_logprobs, {"model": self.model, "k": self._num_logprobs}
-                args = params, history, hidden, ints, ints
+                args = params, history, hidden, ints, ints, jax.ShapeDtypeStruct((), jnp.int32)
             case _:
                 fn, donated = programs.admit, (0,)
                 slot = jax.ShapeDtypeStruct((), jnp.int32)
@@ -221,8 +222,10 @@ class Runner:
         )
         prompt = None
         if prompt_chunks:
-            program = self._compiled["prompt_logprobs", T]
-            prompt = program(self._params, self._history, hidden, batch.slots, batch.positions)
+            largest = self._mixed[-1]
+            program = self._compiled["prompt_logprobs", largest]
+            slots, positions = (np.pad(x, (0, largest - T)) for x in (batch.slots, batch.positions))
+            prompt = program(self._params, self._history, hidden, slots, positions, np.int32(plan.num_tokens))
         return StepResult(
             sampled=tuple(plan.chunks[i] for i in rows),
             rows=rows,
