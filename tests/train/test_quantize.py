@@ -57,7 +57,8 @@ def pico() -> tuple[Model, Tree, Rows, Rows]:
     return model, checkpoint.load(path, model.params(), jnp.float32), *split(rows, CALIBRATION)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [pytest.param("int8", 0.01, marks=pytest.mark.slow), ("int4", 0.03)])
+@pytest.mark.parametrize(("name", "tolerance"), [("int8", 0.01), ("int4", 0.03)])
+@pytest.mark.slow
 def test_perplexity_stays(name: str, tolerance: float, pico: tuple[Model, Tree, Rows, Rows]) -> None:
     model, params, calibration, held_out = pico
     found = calibrate(model, params, calibration, SCHEMES[name], scale_dtype=jnp.bfloat16)
@@ -72,7 +73,9 @@ def random_rows(model: Model, seed: int = 0) -> Rows:
     return pack([(ids, [True] * len(ids)) for ids in texts], 48)
 
 
-@pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case != SOME[0])) for case in SOME]
+)
 def test_a_family_is_calibrated_written_and_read(case: Case, tmp_path: Path) -> None:
     model = resolve(case.config).with_max_len(case.max_len)
     params = initialize(model.params(), jax.random.key(1), jnp.float32)
