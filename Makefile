@@ -21,6 +21,7 @@ BENCHMARKS := bandwidth cpu_generation cpu_engines server startup compile_time
 TORCH := torch==2.13.0
 TRANSFORMERS := transformers==5.23.0
 COMPRESSED_TENSORS := compressed-tensors==0.20.0
+TUNING_PEERS := peft==0.19.0 trl==1.16.0
 LLAMA_CPP := llama-cpp-python==0.3.36
 
 # The newest interpreter that works here; `make PYTHON=/path/to/python3.12 test` chooses another.
@@ -109,6 +110,6 @@ $(LLAMA_INSTALLED): Makefile
 
 $(PEERS_INSTALLED): Makefile
 	$(call make_venv,.venv-peers)
-	@echo "Installing $(TORCH), $(TRANSFORMERS) and $(COMPRESSED_TENSORS) into .venv-peers"
-	@$(call PIP_INTO,.venv-peers,$(TORCH) $(TRANSFORMERS) $(COMPRESSED_TENSORS))
+	@echo "Installing $(TORCH), $(TRANSFORMERS), $(COMPRESSED_TENSORS) and $(TUNING_PEERS) into .venv-peers"
+	@$(call PIP_INTO,.venv-peers,$(TORCH) $(TRANSFORMERS) $(COMPRESSED_TENSORS) $(TUNING_PEERS))
 	@touch $@

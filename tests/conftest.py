@@ -4,7 +4,10 @@ JAX reads its settings from the environment when it is first imported, so they a
 that need no JAX do not pay for importing it. Processes that a test starts inherit them.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 from hypothesis import settings
 
@@ -16,6 +19,9 @@ STRICT_JAX = {
 os.environ.update(STRICT_JAX)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # `JAX_PLATFORMS=cuda pytest -m gpu` runs the others
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on the network
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # all processes of a session share what is slow to compile
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tenfold-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # The same cases in every run, without a deadline, because compiling takes longer than running.
 # `pytest --hypothesis-profile explore` looks for new ones.

@@ -14,6 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "tenfold"
 
 PUBLIC_NAMES = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+TRAINING_FLAGS = (
+    *("--max-steps", "--optim", "--learning-rate", "--lr-scheduler-type", "--warmup-steps", "--decay-steps"),
+    *("--min-lr-ratio", "--weight-decay", "--adam-beta1", "--adam-beta2", "--max-grad-norm"),
+    *("--gradient-accumulation-steps", "--dtype", "--save-steps", "--save-total-limit", "--metric-for-best-model"),
+    *("--checkpoint-dir", "--eval-steps", "--on-bad-step", "--loss-spike", "--report-to", "--profile"),
+)
+TUNING_FLAGS = (
+    *("--output", "--dataset", "--split", "--model", "--max-length", "--batch-size", "--seed", "--mesh"),
+    *("--lora", "--lora-r", "--lora-alpha", "--lora-target-modules", "--use-dora", "--use-rslora", "--quantization"),
+    *TRAINING_FLAGS,
+)
 FLAGS = {
     "tenfold": {"--version"},
     "tenfold doctor": {"--timeout"},
@@ -36,6 +47,24 @@ FLAGS = {
         *("--enable-prefix-caching", "--no-enable-prefix-caching"),
     },
     "tenfold train": set(),
+    "tenfold train pretrain": {
+        *("--output", "--dataset", "--model", "--from-scratch", "--dataset-weight", "--split", "--validation"),
+        *("--text-column", "--max-length", "--batch-size", "--seed", "--mesh"),
+        *("--remat", "--pipeline-schedule", "--pipeline-stages", "--plan"),
+        *TRAINING_FLAGS,
+    },
+    "tenfold train evaluate": {
+        *("--dataset", "--model", "--split", "--text-column", "--max-length", "--batch-size", "--eval-batches"),
+        "--dtype",
+    },
+    "tenfold train sft": {*TUNING_FLAGS, "--dataset-weight", "--validation", "--format"},
+    "tenfold train dpo": {*TUNING_FLAGS, "--format", "--loss-type", "--beta", "--label-smoothing"},
+    "tenfold train distill": {
+        *TUNING_FLAGS,
+        *("--dataset-weight", "--format", "--teacher", "--divergence", "--temperature", "--alpha"),
+    },
+    "tenfold train embed": {*TUNING_FLAGS, "--negatives", "--pooling", "--temperature", "--chunk"},
+    "tenfold merge": {"--output"},
     "tenfold train pico": {"--output", "--seed"},
 }
 

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+TRAINS = ("04_private_fine_tuning", "05_gradient_noise_scale")  # which compiles for a minute
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,11 @@ def environment(tmp_path_factory):
 
 
 @pytest.mark.timeout(600)  # the first one compiles
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in TRAINS else ()) for path in EXAMPLES],
+    ids=lambda path: path.stem,
+)
 def test_runs(example, environment):
     done = subprocess.run([sys.executable, "-W", "error", example], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

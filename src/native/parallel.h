@@ -84,6 +84,7 @@ class Seat {
     const auto end = std::chrono::steady_clock::now() + kPatience;
     while (state_.load(std::memory_order_acquire) != kGiven) {
       for (int i = 0; i < 32; ++i) pause();
+      std::this_thread::yield();  // to another process that wants the core, such as the server
       if (std::chrono::steady_clock::now() < end) continue;
       State waiting = kWaiting;
       if (state_.compare_exchange_strong(waiting, kEmpty, std::memory_order_release)) return nullptr;

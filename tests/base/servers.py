@@ -92,7 +92,8 @@ class S3Handler(Handler):
             return
         bucket = f"/{path.strip('/')}/"
         keys = [name.removeprefix(bucket) for name in files if name.startswith(bucket + query.get("prefix", ""))]
-        here = [key for key in keys if "/" not in key.removeprefix(query.get("prefix", ""))]
+        flat = "delimiter" in query
+        here = [key for key in keys if not flat or "/" not in key.removeprefix(query.get("prefix", ""))]
         entries = "".join(
             f"<Contents><Key>{escape(key)}</Key><Size>{len(files[bucket + key])}</Size>"
             f"<ETag>&quot;{hashlib.md5(files[bucket + key]).hexdigest()}&quot;</ETag>"

@@ -14,7 +14,10 @@ from tenfold.base.ggml_blocks import FLOATS, GGMLType
 
 FEW = settings(max_examples=25)  # of every format, each of many blocks
 BLOCKS = [kind for kind in GGMLType if kind not in FLOATS]
-SYMMETRIC = {GGMLType.Q8_0, GGMLType.Q4_0, GGMLType.Q5_0, GGMLType.Q3_K, GGMLType.Q6_K}
+SYMMETRIC = {GGMLType.Q8_0, GGMLType.Q4_0, GGMLType.Q5_0, GGMLType.Q3_K, GGMLType.Q6_K, GGMLType.MXFP4}
+
+TWICE_FP4 = {sign * int(2 * weight) for weight in (0, 0.5, 1, 1.5, 2, 3, 4, 6) for sign in (1, -1)}
+"""OCP Microscaling Formats 1.0, table 5: the values of e2m1, doubled."""
 
 
 def expected(raw: np.ndarray, kind: GGMLType) -> np.ndarray:
@@ -86,7 +89,8 @@ def test_codes_fill_their_range() -> None:
         raw = np.random.default_rng(1).integers(0, 256, (64, ggml_blocks.row_size(kind, 1024)), np.uint8)
         affine = ggml_blocks.unpack(raw, kind)
         low = -(2 ** (affine.bits - 1)) if kind in SYMMETRIC else 0
-        assert set(np.unique(affine.codes).tolist()) == set(range(low, low + 2**affine.bits)), kind
+        wanted = TWICE_FP4 if kind == GGMLType.MXFP4 else set(range(low, low + 2**affine.bits))
+        assert set(np.unique(affine.codes).tolist()) == wanted, kind
 
 
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)

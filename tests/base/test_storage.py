@@ -199,6 +199,24 @@ def test_of_a_directory_of_gguf_files_one_has_to_be_named(s3: Server) -> None:
         storage.fetch(URI)
 
 
+def test_files_are_copied_from_any_depth_or_one_alone(s3: Server) -> None:
+    data = {"train/0.parquet": b"a", "train/1.parquet": b"bc", "dataset_dict.json": b"{}"}
+    s3.files = {f"/bucket/data/{name}": body for name, body in (data | {"README.md": b"read"}).items()}
+    directory = storage.fetch_files("s3://bucket/data", ("*.parquet", "*.json"))
+    found = {str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*") if f.is_file()}
+    assert found == data
+    assert storage.fetch_files("s3://bucket/data/train/1.parquet", ("*.parquet",)).read_bytes() == b"bc"
+    with pytest.raises(CheckpointError, match=r"s3://bucket/data/none has none of \*\.parquet"):
+        storage.fetch_files("s3://bucket/data/none", ("*.parquet",))
+
+
+def test_files_on_disk_are_used_in_place(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    assert storage.fetch_files((tmp_path / "a.txt").as_uri(), ("*.txt",)) == tmp_path / "a.txt"
+    with pytest.raises(CheckpointError, match="there is no such file or directory"):
+        storage.fetch_files(str(tmp_path / "b.txt"), ("*.txt",))
+
+
 def test_a_refusal_is_named(s3: Server) -> None:
     s3.status = (403, {})
     with pytest.raises(CheckpointError, match=r"check the URI and the credentials.*403 Forbidden[^\n]*$"):

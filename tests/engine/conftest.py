@@ -25,7 +25,7 @@ ENGINES = {
     ),
     "mamba": (
         "mamba",
-        1.6,
+        1.3,
         EngineConfig(max_num_seqs=2, max_num_batched_tokens=16, block_size=4, state_interval=8),
     ),
     "chunked": ("chunked", 1.3, EngineConfig(max_num_seqs=2, max_num_batched_tokens=16, block_size=8)),

@@ -45,7 +45,9 @@ def plain(programs: None) -> Iterator[float]:
 
 
 @pytest.mark.parametrize("cache", ["int8", "fp8"])
-@pytest.mark.parametrize("natively", [True, False], ids=["native", "XLA"])
+@pytest.mark.parametrize(
+    "natively", [pytest.param(True, id="native"), pytest.param(False, id="XLA", marks=pytest.mark.slow)]
+)
 def test_perplexity_stays(cache: str, natively: bool, plain: float, monkeypatch: pytest.MonkeyPatch) -> None:
     if natively and native.library() is None:
         pytest.skip("the native kernels are not built")

@@ -191,6 +191,9 @@ class Invariant:
                 assert [whole.tokens for whole in alone] == [expected] * request.params.n
 
 
+ONE_OF_A_KIND = ("full", "sliding", "chunked", "latent", "recurrent")  # of cache; `make slow` checks all engines
+
+
 def check_invariant(name: str, engine: Engine, examples: int, most: int) -> None:
     invariant = Invariant(engine, tiny_model(ENGINES[name][0]))
     before = engine.stats()
@@ -209,7 +212,10 @@ def check_invariant(name: str, engine: Engine, examples: int, most: int) -> None
         assert after.prefix_hits > before.prefix_hits
 
 
-@pytest.mark.parametrize("name", list(ENGINES))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ONE_OF_A_KIND else pytest.mark.slow) for name in ENGINES],
+)
 def test_a_request_gets_the_tokens_that_it_gets_alone(name: str, engines: Callable[[str], Engine]) -> None:
     check_invariant(name, engines(name), examples=6, most=8)
 

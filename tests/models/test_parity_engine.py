@@ -8,6 +8,8 @@ import pytest
 from tests.parity import golden
 from tests.parity.cases import CASES
 
+REPRESENTATIVES = ("gemma3-v4", "gpt_oss", "deepseek_v3", "qwen3_next")  # windows, sinks, latents, states
+
 
 @pytest.fixture(scope="module", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -17,9 +19,18 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         yield
 
 
+def marked(name: str) -> object:
+    """Every architecture goes through the engine; `make slow` runs those whose caches another one has too."""
+    return pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow)
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [case.name for case in CASES if case.engine])
+@pytest.mark.parametrize("name", [marked(case.name) for case in CASES if case.engine])
 def test_engine_generates_as_transformers_does(name: str, tmp_path: Path) -> None:
     wanted = golden.read(golden.DIRECTORY / f"{name}.json")
     golden.save_checkpoint(wanted, tmp_path)
     golden.assert_engine_agrees(wanted, tmp_path)
+
+
+def test_every_representative_is_a_case() -> None:
+    assert {case.name for case in CASES if case.engine} >= set(REPRESENTATIVES)

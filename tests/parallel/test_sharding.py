@@ -79,7 +79,7 @@ def test_every_spec_can_be_laid_out(changes: dict[str, Any], dims: list[tuple[st
         return
     shard = sharding.shard_shape(shape)
     for rule, length, part in zip([getattr(rules, name) for name, _ in dims], shape, shard, strict=True):
-        ways = {None: 1, "tensor": 2, "fsdp": 2, ("fsdp", "tensor"): 4}[rule]
+        ways = {None: 1, "pipeline": 1, "tensor": 2, "fsdp": 2, ("fsdp", "tensor"): 4}[rule]
         assert part == (length // ways if length % ways == 0 else length)
 
 

@@ -25,6 +25,7 @@ from tests.parity.cases import make_weight
 
 TOLERANCE = 1e-4
 ROW = 256  # tokens: rows hold two or more sequences, so that sequences must not see each other
+BATCH = 8  # sequences that the engine runs at once
 DIRECTORY = Path(__file__).parents[1] / "models" / "golden"
 NAMES = sorted(path.stem for path in DIRECTORY.glob("*.json") if path.stem not in ("config_keys", "parameter_counts"))
 
@@ -119,11 +120,11 @@ def assert_scores_agree(golden: Golden, model: Model, params: Any) -> None:
 
 
 def assert_engine_agrees(golden: Golden, path: Path) -> None:
-    """All prompts at once, in chunks and small pages: the same tokens, every log-probability, and nothing compiled."""
+    """The prompts in batches, chunks and small pages: the same tokens, every log-probability, nothing compiled."""
     config = EngineConfig(
         max_model_len=golden.max_len,
-        max_num_seqs=len(golden.prompts),
-        max_num_batched_tokens=len(golden.prompts) + 16,
+        max_num_seqs=BATCH,
+        max_num_batched_tokens=BATCH + 16,
         block_size=8,
         cache_memory=64 * 2**20,
         dtype="float32",

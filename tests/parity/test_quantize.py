@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tenfold.data.packing import pack
 from tenfold.models.family import resolve
 from tenfold.nn import checkpoint
 from tenfold.nn.quantization import Scheme
-from tenfold.train.packing import pack
 from tenfold.train.quantize import calibrate
 from tests.parity import golden
 from tests.parity.cases import CASES, Case

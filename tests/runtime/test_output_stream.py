@@ -141,8 +141,8 @@ async def test_outputs_keep_their_distance_and_lose_nothing():
     await consumer
     assert [token for _, tokens in taken for token in tokens] == list(range(41))
     assert taken[0][1] == (0,)  # the first does not wait
-    gaps = [b - a for (a, _), (b, _) in pairwise(taken[:-1])]  # and neither does the last
-    assert min(gaps) > 0.045
+    beats = [at // 0.05 for at, _ in taken[:-1]]  # and neither does the last
+    assert all(a < b for a, b in pairwise(beats))
 
 
 @pytest.mark.parametrize("error", [None, EngineDeadError("dead")])
@@ -167,17 +167,36 @@ async def test_nothing_that_ends_a_stream_waits(error):
 
 async def test_an_interval_merges_what_comes_within_it():
     stream = OutputStream("mine", 1, lambda: 0.2)
-    began = asyncio.get_running_loop().time()
     stream.put(output(0, 1))
     first = await stream.get()  # does not wait
     assert first is not None
     assert first.token_ids == (1,)
+    taken = asyncio.get_running_loop().time()
     for token in (2, 3, 4):
         stream.put(output(0, token))
     second = await stream.get()
     assert second is not None
     assert second.token_ids == (2, 3, 4)
-    assert asyncio.get_running_loop().time() - began >= 0.2
+    assert asyncio.get_running_loop().time() // 0.2 > taken // 0.2
+
+
+async def test_streams_of_one_interval_wake_their_consumers_together():
+    time = asyncio.get_running_loop().time
+    while time() % 1.0 > 0.5:  # far from the next beat
+        await asyncio.sleep(0.01)
+    streams = [OutputStream(str(i), 1, lambda: 1.0) for i in range(3)]
+    for stream in streams:
+        stream.put(output(0, 1))
+        await stream.get()
+        await asyncio.sleep(0.05)
+        stream.put(output(0, 2))
+
+    async def when(stream: OutputStream) -> float:
+        await stream.get()
+        return time()
+
+    beats = {at // 1.0 for at in await asyncio.gather(*map(when, streams))}
+    assert len(beats) == 1
 
 
 async def test_an_end_does_not_wait_for_the_interval():

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tenfold.data.packing import Rows, pack
 from tenfold.models.family import Model, resolve
 from tenfold.nn.param import initialize
 from tenfold.train.loss import hidden_states, next_token_loss
-from tenfold.train.packing import Rows, pack
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -53,7 +53,9 @@ def test_the_loss_is_the_weighted_mean_over_documents() -> None:
                 weight += 1
     packed = pack(examples, 24, 0)
     loss = jax.jit(next_token_loss, static_argnums=1)(params, model, packed)
-    np.testing.assert_allclose(float(loss), total / weight, rtol=1e-5)
+    np.testing.assert_allclose(float(loss.total), total, rtol=1e-5)
+    assert float(loss.weight) == weight
+    np.testing.assert_allclose(float(loss.mean), total / weight, rtol=1e-5)
 
 
 def test_a_document_does_not_see_its_neighbours_in_a_row() -> None:
@@ -71,9 +73,9 @@ def test_stacked_layers_have_the_same_loss_and_gradients() -> None:
     packed = pack(make_examples(2), 24, 0)
     layers = params["layers"]
     stacked = params | {"layers": {"head": [], "scan": [jax.tree.map(lambda *ws: jnp.stack(ws), *layers)], "tail": []}}
-    gradient = jax.jit(jax.value_and_grad(next_token_loss), static_argnums=1)
-    loss, grads = gradient(params, model, packed)
-    loss_stacked, grads_stacked = gradient(stacked, model, packed)
+    gradient = jax.jit(jax.value_and_grad(lambda params: next_token_loss(params, model, packed).mean))
+    loss, grads = gradient(params)
+    loss_stacked, grads_stacked = gradient(stacked)
     np.testing.assert_allclose(float(loss), float(loss_stacked), rtol=1e-6)
     for i, layer in enumerate(grads["layers"]):
         jax.tree.map(

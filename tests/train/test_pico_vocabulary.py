@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tenfold.base.errors import TokenizerError
-from tenfold.train.packing import pack
+from tenfold.data.packing import pack
 from tenfold.train.pico.conversations import conversations
 from tenfold.train.pico.corpus import canonical_question, entries
 from tenfold.train.pico.vocabulary import (

@@ -11,6 +11,7 @@ import pytest
 
 from tenfold.base.builtin import builtin_model
 from tenfold.base.errors import ConfigError
+from tenfold.data.packing import Rows, pack
 from tenfold.data.tokenizer import Tokenizer
 from tenfold.kernels.matmul import QuantizedWeight
 from tenfold.models.family import Model, resolve
@@ -20,7 +21,6 @@ from tenfold.nn.quantization import SCHEMES, Scheme, quantize
 from tenfold.testing.tiny import write_tiny_checkpoint
 from tenfold.train.calibration import draw_rows, read_texts, standard_library
 from tenfold.train.loss import hidden_states
-from tenfold.train.packing import Rows, pack
 from tenfold.train.quantize import calibrate, perplexity, quantizable, quantize_checkpoint
 from tests.parity.cases import CASES, Case
 
@@ -57,7 +57,7 @@ def pico() -> tuple[Model, Tree, Rows, Rows]:
     return model, checkpoint.load(path, model.params(), jnp.float32), *split(rows, CALIBRATION)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("int8", 0.01), ("int4", 0.03)])
+@pytest.mark.parametrize(("name", "tolerance"), [pytest.param("int8", 0.01, marks=pytest.mark.slow), ("int4", 0.03)])
 def test_perplexity_stays(name: str, tolerance: float, pico: tuple[Model, Tree, Rows, Rows]) -> None:
     model, params, calibration, held_out = pico
     found = calibrate(model, params, calibration, SCHEMES[name], scale_dtype=jnp.bfloat16)

@@ -17,6 +17,14 @@ class CheckpointError(TenfoldError):
     """A checkpoint is incomplete, damaged, or does not match its configuration."""
 
 
+class DataError(TenfoldError):
+    """Data to train on or to measure with cannot be read, or is not what was asked for; says the file and the row."""
+
+
+class TrainingError(TenfoldError):
+    """A run of training cannot go on, such as because its loss is no number."""
+
+
 class TokenizerError(TenfoldError):
     """A tokenizer or chat template is missing or damaged, or a template refused its messages."""
 
@@ -49,3 +57,7 @@ class OverloadedError(TenfoldError):
 
 class EngineDeadError(TenfoldError):
     """The engine's process died or stalled with this request in flight; it is being restarted."""
+
+
+class HostLostError(TenfoldError):
+    """Another host of the same run is gone, so that this one cannot go on."""

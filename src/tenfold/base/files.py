@@ -26,7 +26,13 @@ TOKENIZER_FILES = (
 )
 """Shell patterns of what a tokenizer and its chat template may need at the top level of a checkpoint."""
 
-CHECKPOINT_FILES = (*TOKENIZER_FILES, "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+CHECKPOINT_FILES = (
+    *TOKENIZER_FILES,
+    "generation_config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
 """All that a checkpoint may need. Nothing pickled, because that can run code."""
 
 SECOND_COPIES = ("consolidated*.safetensors",)

@@ -4,9 +4,11 @@ import hashlib
 import re
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -143,17 +145,9 @@ def _fetch_objects(uri: str, files: Sequence[str], progress: bool) -> Path:
 
     So a file that stands there under its own name is whole and current; parts of files are resumed.
     """
-    try:
-        import obstore.exceptions  # noqa: PLC0415 -- an extra
-        import obstore.store  # noqa: PLC0415
-    except ImportError:
-        raise CheckpointError(f"{uri}: object stores need an extra package: pip install 'tenfold[cloud]'") from None
     directory, _, name = uri.rpartition("/") if _is_gguf(uri) else (uri.rstrip("/"), "", "")
     files = (gguf_pattern(name),) if name else files
-    try:
-        store = obstore.store.from_url(
-            directory, retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
-        )
+    with _opened(uri, directory) as store:
         listed = store.list_with_delimiter()["objects"]  # pyright: ignore[reportUnknownMemberType]
         wanted = [o for o in listed if matches(o["path"], files) and not matches(o["path"], SECOND_COPIES)]
         if name and name not in [o["path"] for o in wanted]:
@@ -163,6 +157,46 @@ def _fetch_objects(uri: str, files: Sequence[str], progress: bool) -> Path:
         if matches("model.safetensors", files) and not any(o["path"].endswith(".safetensors") for o in wanted):
             raise no_safetensors(uri, [o["path"] for o in listed])
         return _copy_objects(uri, store, wanted, progress) / name
+
+
+def fetch_files(where: str, files: Sequence[str], *, progress: bool = False) -> Path:
+    """The local path of a file, or of a directory of files at any depth; copied from an object store if need be.
+
+    Args:
+        where: a path, its `file://` URI, or a `gs://`, `s3://` or `az://` URI, which is copied as `fetch` does it. A
+            URI whose name has a suffix is a file's.
+        files: shell patterns of the names to copy.
+        progress: shows a progress bar while copying.
+
+    Raises:
+        CheckpointError: if there is nothing there, or it cannot be reached.
+    """
+    scheme = where.partition("://")[0] if "://" in where else None
+    if scheme in _OBJECT_STORES:
+        directory, _, name = where.rpartition("/") if Path(where).suffix else (where.rstrip("/"), "", "")
+        with _opened(where, directory) as store:
+            parts: Iterable[Sequence[ObjectMeta]] = store.list()  # pyright: ignore[reportUnknownMemberType]
+            listed = list(chain.from_iterable(parts))
+            wanted = [o for o in listed if (o["path"] == name if name else matches(Path(o["path"]).name, files))]
+            if not wanted:
+                raise CheckpointError(f"{where} has none of {', '.join(files)}; check the URI")
+            return _copy_objects(where, store, wanted, progress) / name
+    path = Path(url2pathname(urlsplit(where).path)) if scheme == "file" else Path(where).expanduser()
+    if not path.exists():
+        raise CheckpointError(f"{where}: there is no such file or directory")
+    return path.absolute()
+
+
+@contextmanager
+def _opened(uri: str, directory: str) -> "Generator[ObjectStore]":
+    """The store of a URI's directory; what goes wrong with it is a CheckpointError that names the URI."""
+    try:
+        import obstore.exceptions  # noqa: PLC0415 -- an extra
+        import obstore.store  # noqa: PLC0415
+    except ImportError:
+        raise CheckpointError(f"{uri}: object stores need an extra package: pip install 'tenfold[cloud]'") from None
+    try:
+        yield obstore.store.from_url(directory, retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)})
     except obstore.exceptions.PreconditionError:
         raise CheckpointError(f"{uri} changed while it was being downloaded; start again") from None
     except (obstore.exceptions.BaseError, OSError, ValueError) as error:
@@ -201,6 +235,7 @@ def _copy_objects(uri: str, store: "ObjectStore", objects: Sequence["ObjectMeta"
 def _copy_object(
     store: "ObjectStore", o: "ObjectMeta", target: Path, advance: Callable[[int], None], stop: threading.Event
 ) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
     with part.open("ab") as file:
         advance(file.tell())

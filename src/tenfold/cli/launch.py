@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from tenfold.base import paths
+from tenfold.base.adapter import base_files
 from tenfold.base.builtin import BUILTIN_MODEL, builtin_model
 from tenfold.base.files import TOKENIZER_FILES
 from tenfold.base.storage import fetch
@@ -79,10 +80,11 @@ def serve_model(
     """
     with listen(http) as listener:
         path, tokenizer_path = _find_files(choice)
-        tokenizer = Tokenizer.load(tokenizer_path, chat_template=choice.chat_template)
+        beside = base_files(path, progress=True)
+        tokenizer = Tokenizer.load(tokenizer_path or beside.tokenizer, chat_template=choice.chat_template)
         config = ServerConfig(
             model_names=choice.names or (choice.model or BUILTIN_MODEL,),
-            sampling_defaults=read_sampling_defaults(path) if choice.own_sampling else {},
+            sampling_defaults=read_sampling_defaults(beside.model) if choice.own_sampling else {},
             api_keys=(*api_keys, *paths.api_keys()),
             max_request_bytes=max_request_bytes,
             max_pending=engine_config.max_waiting + engine_config.max_num_seqs,
@@ -99,15 +101,15 @@ def serve_model(
             serve(lambda: ServerState(engine, tokenizer, config), http, listener, announce)
 
 
-def _find_files(choice: ModelChoice) -> tuple[Path, Path]:
-    """The directories of the model and its tokenizer."""
+def _find_files(choice: ModelChoice) -> tuple[Path, Path | None]:
+    """The directories of the model, and of its tokenizer if that is another one."""
     if choice.model is None:
         path = builtin_model()
     else:
         path = fetch(choice.model, revision=choice.revision, progress=True)
         path = gguf_checkpoint.prepare(path, tokenizer=choice.tokenizer is None)
     if choice.tokenizer is None:
-        return path, path
+        return path, None
     return path, gguf_checkpoint.prepare(fetch(choice.tokenizer, files=TOKENIZER_FILES))
 
 

@@ -1,17 +1,30 @@
-"""`tenfold`: the commands, each a module of its own that is imported when it runs."""
+"""`tenfold`: the commands, each a module of its own that imports what it needs when it runs."""
 
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from tenfold.cli.doctor import doctor
+from tenfold.cli.merge import merge
 from tenfold.cli.models import models
 from tenfold.cli.quantize import quantize
 from tenfold.cli.serve import serve
 from tenfold.cli.train import train
 
+
+class CommandList(TyperGroup):
+    """The list of commands in plain text: importing rich, for the frames, would take longer than all else."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write what a group of click's would."""
+        super(TyperGroup, self).format_help(ctx, formatter)
+
+
 app = typer.Typer(
     name="tenfold",
+    cls=CommandList,
     help="Train and serve language models in JAX.",
     no_args_is_help=True,
     add_completion=False,
@@ -19,9 +32,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(serve)
-app.command()(doctor)
-app.command()(models)
-app.command()(quantize)
+app.command(short_help="Check that Tenfold works on this machine.")(doctor)
+app.command(short_help="Show the supported architectures.")(models)
+app.command(short_help="Quantise a checkpoint with calibration.")(quantize)
+app.command(short_help="Merge an adapter into its model.")(merge)
 app.add_typer(train, name="train")
 
 

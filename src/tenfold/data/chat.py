@@ -45,6 +45,10 @@ _CONTINUATION = "<|continue-final-message|> "
 _DEADLINE = "deadline!"
 _TICK = "tick!"
 _BOUNDED = "bounded!"
+_MARK = "mark!"
+
+ANSWER_BEGINS, ANSWER_ENDS = "\ufdd0", "\ufdd1"
+"""Stand around what `{% generation %}` encloses, if asked for: no text has them (Unicode, section 23.7)."""
 
 
 class ChatTemplate:
@@ -57,6 +61,7 @@ class ChatTemplate:
 
     Attributes:
         handles_parts: the template itself goes through message contents that are lists of parts.
+        marks_answers: it says by `{% generation %}` what the model writes.
 
     Raises:
         TokenizerError: the source is not valid Jinja.
@@ -69,6 +74,7 @@ class ChatTemplate:
         try:
             tree = environment.parse(source)
             self.handles_parts = _iterates_content(tree)
+            self.marks_answers = any(found.name == _MARK for found in tree.find_all(nodes.Filter))
             _Instrumentation().visit(tree)
             tree.set_environment(environment)
             self._template = environment.from_string(tree)
@@ -84,6 +90,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        mark_answers: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
@@ -97,6 +104,7 @@ class ChatTemplate:
             messages: at least one, each with a role, in the shape of OpenAI's chat API.
             add_generation_prompt: end with the beginning of an assistant message.
             continue_final_message: end inside the last message, right after its content; excludes the former.
+            mark_answers: put `ANSWER_BEGINS` and `ANSWER_ENDS` around what the template says that the model writes.
             tools: JSON schemas of the tools that the model may call; none is the same as None.
             variables: further variables, such as the special tokens. JSON values only.
 
@@ -120,7 +128,8 @@ class ChatTemplate:
             raise TokenizerError("the messages, tools or variables are nested too deeply; flatten them") from error
         if continue_final_message:
             _mark_end(prepared[-1])
-        prompt = self._generate({**context, "messages": prepared, "add_generation_prompt": add_generation_prompt})
+        context |= {"messages": prepared, "add_generation_prompt": add_generation_prompt, _MARK: mark_answers}
+        prompt = self._generate(context)
         return _cut_at_mark(prompt) if continue_final_message else prompt
 
     def _generate(self, context: dict[str, Any]) -> str:
@@ -175,7 +184,7 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self, max_chars: int) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
         self._max_chars = max_chars
-        self.filters.update({"tojson": _to_json, _TICK: _tick, _BOUNDED: self._bounded})
+        self.filters.update({"tojson": _to_json, _TICK: _tick, _BOUNDED: self._bounded, _MARK: _mark})
         self.globals.update({"raise_exception": _raise_exception, "strftime_now": _format_now})
         # It writes as much placeholder text as it is asked for, in one call.
         del self.globals["lipsum"]
@@ -206,7 +215,11 @@ class _GenerationTag(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         lineno = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=lineno)
+        begin, end = (
+            nodes.Output([_filter(nodes.Const(mark), _MARK, lineno)], lineno=lineno)
+            for mark in (ANSWER_BEGINS, ANSWER_ENDS)
+        )
+        return nodes.Scope([begin, *body, end], lineno=lineno)
 
 
 class _Instrumentation(NodeTransformer):
@@ -233,6 +246,12 @@ def _tick(context: Context, value: Any) -> Any:
     """Check the clock; the value passes through."""
     context[_DEADLINE].check()
     return value
+
+
+@pass_context
+def _mark(context: Context, value: str) -> str:
+    """The mark, where it is wanted."""
+    return value if context[_MARK] else ""
 
 
 def _size(value: Any) -> int:

@@ -156,10 +156,28 @@ class Tokenizer:
         token = self._token(token_id)
         return token is not None and token.special
 
+    def encode_at(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of the text, without special tokens around it, and the character where each one begins.
+
+        Raises:
+            TokenizerError: as `encode`.
+        """
+        _check_unicode(text)
+        try:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+        except Exception as error:  # as in `encode_batch`
+            raise TokenizerError(f"the vocabulary cannot spell this text: {error}") from error
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
     @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` has a template to apply."""
         return bool(self._template_sources)
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the template says by `{% generation %}` what the model writes."""
+        return self._template(self._template_name(None)).marks_answers
 
     def apply_chat_template(
         self,
@@ -167,6 +185,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        mark_answers: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> str:
@@ -176,6 +195,7 @@ class Tokenizer:
             messages: the conversation, in the shape of OpenAI's chat API (see `ChatTemplate.render`).
             add_generation_prompt: end with the beginning of an assistant message.
             continue_final_message: leave the last message open for the model to continue; excludes the former.
+            mark_answers: mark what the template says that the model writes (see `ChatTemplate.render`).
             tools: JSON schemas of the tools that the model may call.
             kwargs: further variables for the template, such as `enable_thinking`. They win over the special tokens.
 
@@ -186,6 +206,7 @@ class Tokenizer:
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            mark_answers=mark_answers,
             tools=tools,
             variables={**self.special_tokens, **kwargs},
         )

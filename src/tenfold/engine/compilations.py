@@ -1,6 +1,8 @@
 """Keeping compiled programs, and counting compilations: after an engine is ready, each one is a bug."""
 
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -44,3 +46,22 @@ def keep_programs(directory: Path) -> None:
         compilation_cache.reset_cache()  # else a process that has compiled before would go on without
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextmanager
+def without_jax_cache() -> Generator[None]:
+    """Compiles without JAX's own cache, in all threads."""
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
+def programs_directory() -> Path | None:
+    """Where whole programs are kept, beside what JAX keeps; None where nothing is."""
+    directory = jax.config.values["jax_compilation_cache_dir"]
+    return None if directory is None or "://" in directory else Path(directory) / "programs"

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tenfold.base.adapter import fetch_base, is_adapter
 from tenfold.base.errors import OverloadedError, RequestError
 from tenfold.base.paths import cache_dir
 from tenfold.engine.allocator import keep_freed_memory
@@ -25,7 +26,8 @@ from tenfold.engine.scheduler import Scheduler
 from tenfold.kernels import native
 from tenfold.kernels.matmul import QuantizedWeight, Weight
 from tenfold.models.family import Model, resolve
-from tenfold.nn import checkpoint
+from tenfold.nn import adapter_checkpoint, checkpoint
+from tenfold.nn.loading import Finish
 from tenfold.nn.packing import pack
 from tenfold.nn.param import Param, Tree, count
 from tenfold.nn.quantization import Scheme, find_scheme, quantize_param
@@ -45,8 +47,13 @@ def resolve_dtype(name: str, platform: str, stored: str | None, *, fast_bfloat16
     return jnp.dtype({"half": "float16", "float": "float32"}.get(name, name))
 
 
-def _finish(scheme: Scheme | None, packs: bool, p: Param, weight: jax.Array | QuantizedWeight) -> Weight:
-    """What serves as the weight that was loaded: quantised if asked for, and repacked for native operations."""
+def _finish(
+    merge: Finish | None, scheme: Scheme | None, packs: bool, p: Param, weight: jax.Array | QuantizedWeight
+) -> Weight:
+    """What serves as the weight that was loaded: with an adapter merged into it, quantised if asked for, and repacked
+    for native operations."""
+    if merge is not None:
+        weight = merge(p, weight)
     if scheme is not None and not isinstance(weight, QuantizedWeight):
         weight = quantize_param(p, weight, scheme)
     return pack(p, weight) if packs else weight
@@ -108,13 +115,14 @@ class Engine:
     def from_pretrained(
         cls, path: Path, config: EngineConfig, report: Callable[[int, int], None] | None = None
     ) -> "Engine":
-        """Loads a checkpoint directory and returns an engine that is ready.
+        """Loads a checkpoint directory, or one of an adapter, and returns an engine that is ready.
 
         Raises:
             CheckpointError, UnsupportedModelError, ConfigError: the checkpoint cannot be used.
             MemoryBudgetError: it will not fit; found out before loading.
         """
         keep_programs(cache_dir() / "xla")
+        adapter, path = (path, fetch_base(path)) if is_adapter(path) else (None, path)
         hf = checkpoint.read_config(path)
         model = resolve(hf)
         device = jax.devices()[0]
@@ -126,7 +134,8 @@ class Engine:
         quantizations = checkpoint.read_quantization(path), scheme
         plan = plan_cache(model, config, dtype, free_memory(device), device.platform, *quantizations)
         model = model.with_max_len(plan.max_model_len)
-        finish = partial(_finish, scheme, native.available(device))
+        merge = None if adapter is None else adapter_checkpoint.merge_on_load(adapter, model.params())
+        finish = partial(_finish, merge, scheme, native.available(device))
         params = checkpoint.load(path, model.params(), dtype, finish=finish, skipped=model.skipped())
         return cls(model, params, config, plan, checkpoint.read_eos_token_ids(path), report)
 

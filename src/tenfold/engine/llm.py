@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from tenfold.base.adapter import base_files
 from tenfold.base.builtin import builtin_model
 from tenfold.base.errors import RequestError
 from tenfold.base.files import TOKENIZER_FILES
@@ -72,7 +73,8 @@ class LLM:
     """A model, its tokenizer and an engine in this process.
 
     Args:
-        model: a directory, a GGUF file, a Hugging Face id, or an object-store URI; None is the built-in model.
+        model: a directory, a GGUF file, a Hugging Face id, or an object-store URI, also of an adapter; None is the
+            built-in model.
         tokenizer: where the tokenizer is, if not with the model.
         revision: of a Hugging Face id.
         dtype: "auto", "float32", "bfloat16" or "float16".
@@ -111,8 +113,9 @@ class LLM:
         if model is not None:
             path = fetch(model, revision=revision, progress=True)
             path = gguf_checkpoint.prepare(path, tokenizer=tokenizer is None)
+        beside = base_files(path, progress=True)
         self.tokenizer = Tokenizer.load(
-            path if tokenizer is None else gguf_checkpoint.prepare(fetch(tokenizer, files=TOKENIZER_FILES))
+            beside.tokenizer if tokenizer is None else gguf_checkpoint.prepare(fetch(tokenizer, files=TOKENIZER_FILES))
         )
         config = EngineConfig(
             max_model_len=max_model_len,
@@ -129,7 +132,7 @@ class LLM:
             seed=seed,
         )
         self.engine = Engine.from_pretrained(path, config)
-        self._defaults: dict[str, Any] = dict(read_sampling_defaults(path))
+        self._defaults: dict[str, Any] = dict(read_sampling_defaults(beside.model))
         self._requests = 0
 
     def get_default_sampling_params(self) -> SamplingParams:

@@ -1,11 +1,9 @@
 """The engine's hold on the device: weights, cache and token history, and the compiled programs that use them."""
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +14,12 @@ import numpy as np
 
 from tenfold.engine import programs
 from tenfold.engine.buckets import SMALLEST_MIXED, bucket, row_buckets, token_buckets
+from tenfold.engine.compilations import programs_directory
 from tenfold.engine.config import EngineConfig
 from tenfold.engine.memory import cache_dtype
 from tenfold.engine.outputs import TokenLogprobs
 from tenfold.engine.pages import Group
+from tenfold.engine.program_cache import Job, Program, ProgramCache
 from tenfold.engine.programs import PromptLogprobs, StepBatch
 from tenfold.engine.request import Sequence
 from tenfold.engine.sampling_params import MAX_BIAS_ENTRIES, MAX_LOGPROBS, SamplingParams
@@ -87,7 +87,7 @@ class Runner:
             S: (jnp.full((S, MAX_BIAS_ENTRIES), -1, jnp.int32), jnp.zeros((S, MAX_BIAS_ENTRIES), jnp.float32))
             for S in self._rows
         }
-        self._compiled: dict[tuple[str, int], Callable[..., Any]] = {}
+        self._compiled: dict[Job, Callable[..., Any]] = {}
         self.step_seconds: dict[tuple[str, int], float] = {}
         self.longest_step_s = 0.0
 
@@ -99,44 +99,40 @@ class Runner:
         mixed, decodes = self._mixed, self._decodes
         jobs = [*(("sample", S) for S in rows), *(("mixed", T) for T in mixed), *(("decode", T) for T in decodes)]
         jobs += [*(("logprobs", S) for S in rows), *(("prompt_logprobs", T) for T in mixed), ("admit", 0)]
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            lowered = ((job, self._lower(*job)) for job in jobs)
-            futures = {job: pool.submit(program.compile) for job, program in lowered}
-            for done, (job, future) in enumerate(futures.items(), 1):
-                self._compiled[job] = future.result()
-                if report:
-                    report(done, len(jobs))
+        cache = ProgramCache(programs_directory(), jax.tree.leaves(self._params)[0].devices().pop())
+        self._compiled = cache.take({job: self._program(*job) for job in jobs}, report)
         self._time_steps()
         self.longest_step_s = self._time_longest_step()
 
-    def _lower(self, name: str, size: int) -> Any:
+    def _program(self, name: str, size: int) -> Program:
         abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
         params, history, width = abstract(self._params), abstract(self._history), self.model.config.D
         dtype = self.model.activation_dtype(params)
         hidden = jax.ShapeDtypeStruct((size, width), dtype)
         ints = jax.ShapeDtypeStruct((size,), jnp.int32)
-        if name in ("decode", "mixed"):
-            step = partial(
-                programs.forward,
-                model=self.model,
-                reaches=self._reaches,
-                block_size=self.config.block_size,
-                decode_only=name == "decode",
-            )
-            fn = jax.jit(step, donate_argnums=1)
-            return fn.lower(params, abstract(self._caches), history, abstract(self._step_batch((), size)))
-        if name == "sample":
-            fn = jax.jit(partial(programs.sample, model=self.model), donate_argnums=1)
-            return fn.lower(params, history, hidden, abstract(self._sampling_batch((), (), size)))
-        if name == "logprobs":
-            fn = jax.jit(partial(programs.sampling.logprobs, k=self._num_logprobs))
-            return fn.lower(jax.ShapeDtypeStruct((size, self.model.config.V), jnp.float32), ints)
-        if name == "prompt_logprobs":
-            fn = jax.jit(partial(programs.prompt_logprobs, model=self.model, k=self._num_logprobs))
-            return fn.lower(params, history, hidden, ints, ints)
-        slot = jax.ShapeDtypeStruct((), jnp.int32)
-        tokens = jax.ShapeDtypeStruct((self._max_len,), jnp.int32)
-        return jax.jit(programs.admit, donate_argnums=0).lower(history, slot, tokens)
+        bound: dict[str, Any] = {}
+        donated: tuple[int, ...] = ()
+        match name:
+            case "decode" | "mixed":
+                bound = {"reaches": self._reaches, "block_size": self.config.block_size}
+                bound |= {"model": self.model, "decode_only": name == "decode"}
+                fn, donated = programs.forward, (1,)
+                args = params, abstract(self._caches), history, abstract(self._step_batch((), size))
+            case "sample":
+                fn, bound, donated = programs.sample, {"model": self.model}, (1,)
+                args = params, history, hidden, abstract(self._sampling_batch((), (), size))
+            case "logprobs":
+                fn, bound = programs.sampling.logprobs, {"k": self._num_logprobs}
+                args = jax.ShapeDtypeStruct((size, self.model.config.V), jnp.float32), ints
+            case "prompt_logprobs":
+                fn, bound = programs.prompt_logprobs, {"model": self.model, "k": self._num_logprobs}
+                args = params, history, hidden, ints, ints
+            case _:
+                fn, donated = programs.admit, (0,)
+                slot = jax.ShapeDtypeStruct((), jnp.int32)
+                args = history, slot, jax.ShapeDtypeStruct((self._max_len,), jnp.int32)
+        about = f"{name} {size} {sorted(bound.items())}"
+        return Program(jax.jit(partial(fn, **bound), donate_argnums=donated), args, about)
 
     def _time_steps(self) -> None:
         """Times an empty step of each bucket: weights are in it, attention is not."""

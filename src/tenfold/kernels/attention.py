@@ -92,7 +92,7 @@ def packed_attention(
     scores = soft_cap(scores * spec.scale, spec.softcap)
     positions = jnp.arange(L)[None]
     if spec.chunk is not None:  # chunks are counted from where a segment starts
-        positions = positions - _starts(segments)
+        positions = positions - segment_starts(segments)
     mask = scores_mask(positions[:, :, None], positions[:, None, :], spec.reach)
     mask = mask & (segments[:, :, None] == segments[:, None, :])
     scores = jnp.where(mask[:, None, None], scores, NEG_INF)
@@ -101,7 +101,7 @@ def packed_attention(
     return out.reshape(R, L, H, K)
 
 
-def _starts(segments: Int[Array, "R L"]) -> Int[Array, "R L"]:
+def segment_starts(segments: Int[Array, "R L"]) -> Int[Array, "R L"]:
     """Where in its row the segment of each token starts."""
     fresh = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return jax.lax.cummax(jnp.where(fresh, jnp.arange(segments.shape[1])[None], 0), axis=1)

@@ -1,12 +1,14 @@
 """Products of activations with weights, whatever format the weights are in.
 
 A weight is a plain matrix, a `QuantizedWeight`, or, on a CPU with the native operations, a `PackedWeight`: either of
-them, repacked once into the panels that the native loops read from first to last. `reference` defines the result.
+them, repacked once into the panels that the native loops read from first to last. An `AdaptedWeight` adds what is
+trained of a weight to one of them that is not. `reference` defines the result.
 
 The native products of quantised weights round the activations to 8 bits too, in groups of at most 128 inputs, which is
 off by at most 1/254 of the group's largest. All others compute with the activations as they are.
 
-Dims: M rows of activations, D inputs, N outputs, P panels of 32 outputs, G groups of inputs that share a scale.
+Dims: M rows of activations, D inputs, N outputs, P panels of 32 outputs, G groups of inputs that share a scale, r rank
+of an adapter.
 """
 
 import functools
@@ -137,11 +139,50 @@ class ObservedWeight:
     dims: tuple[int, ...]
 
 
-Weight = jax.Array | QuantizedWeight | PackedWeight | ObservedWeight
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b", "magnitude"], meta_fields=["scale"])
+@dataclass(frozen=True, kw_only=True)
+class AdaptedWeight:
+    """weight = base + scale · a · b (LoRA: Hu et al., 2021), whose outputs may each be given a length of their own
+    (DoRA: Liu et al., 2024).
+
+    Gradients flow to a, b and the magnitude, and through products to the activations. The lengths that the magnitude
+    replaces are constants to them (section 4.3 of DoRA).
+
+    Attributes:
+        base: an array [D, O...] or a weight of another kind; only products are made with it.
+        a: [D..., r], whose leading dims are those of the inputs.
+        b: [r, O...], whose trailing dims are those of the outputs.
+        magnitude: [O...], or None.
+        scale: of what is added.
+    """
+
+    base: Any
+    a: Any
+    b: Any
+    magnitude: Any = None
+    scale: float
+
+    def matrices(self, inputs: int, dtype: DTypeLike) -> tuple[Float[Array, "D r"], Float[Array, "r N"]]:
+        """a and b as matrices, for so many inputs."""
+        a = self.a.reshape(inputs, -1).astype(dtype)
+        return a, self.b.reshape(a.shape[1], -1).astype(dtype)
+
+    def factors(self, inputs: int) -> Float[Array, "1 N"]:
+        """What the magnitude makes of every output, in float32; needs a base that is no `PackedWeight`."""
+        a, b = self.matrices(inputs, jnp.float32)
+        base = self.base.dequantize(jnp.float32) if isinstance(self.base, QuantizedWeight) else self.base
+        whole = base.reshape(inputs, -1).astype(jnp.float32) + self.scale * jnp.matmul(a, b)
+        lengths = jax.lax.stop_gradient(jnp.linalg.norm(whole, axis=0, keepdims=True))
+        return self.magnitude.reshape(1, -1).astype(jnp.float32) / lengths
+
+
+Weight = jax.Array | QuantizedWeight | PackedWeight | ObservedWeight | AdaptedWeight
 
 
 def output_dims(weight: Weight, inputs: int) -> tuple[int, ...]:
     """The dims of an output of `weight`, whose leading dims are contracted with `inputs` inputs."""
+    if isinstance(weight, AdaptedWeight):
+        return output_dims(weight.base, inputs)
     if not isinstance(weight, jax.Array):
         return weight.dims
     leading = next(i for i in range(1, weight.ndim) if math.prod(weight.shape[:i]) == inputs)
@@ -149,13 +190,22 @@ def output_dims(weight: Weight, inputs: int) -> tuple[int, ...]:
 
 
 def reference(x: Float[Array, "M D"], weight: Weight, dtype: DTypeLike | None = None) -> Float[Array, "M N"]:
-    """The definition, in plain XLA: of a plain, quantised or observed weight."""
+    """The definition, in plain XLA: of a plain, quantised, observed or adapted weight."""
     if isinstance(weight, ObservedWeight):
         return weight.product(x)
+    if isinstance(weight, AdaptedWeight):
+        return _adapted_product(x, weight, dtype)
     assert not isinstance(weight, PackedWeight), "packed weights are for native products only"
     if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize(x.dtype)
     return jnp.matmul(x, weight.reshape(x.shape[1], -1), preferred_element_type=dtype)
+
+
+def _adapted_product(x: jax.Array, weight: AdaptedWeight, dtype: DTypeLike | None) -> jax.Array:
+    (y,) = matmul(x, weight.base, dtype=dtype)
+    a, b = weight.matrices(x.shape[1], x.dtype)
+    y = y + weight.scale * jnp.matmul(jnp.matmul(x, a), b).astype(y.dtype)
+    return y if weight.magnitude is None else y * weight.factors(x.shape[1]).astype(y.dtype)
 
 
 def matmul(x: Float[Array, "M D"], *weights: Weight, dtype: DTypeLike | None = None) -> tuple[Float[Array, "M _"], ...]:
@@ -258,7 +308,7 @@ def _columns(groups: Float[Array, "G N"]) -> Float[Array, "P G 32"]:
 
 def lookup(weight: Weight, columns: Int[Array, " T"], dtype: DTypeLike) -> Float[Array, "T D"]:
     """The weights of single outputs: what an embedding that also serves as the last product is asked for."""
-    assert not isinstance(weight, ObservedWeight), "an observed weight has products only"
+    assert not isinstance(weight, ObservedWeight | AdaptedWeight), "an observed or adapted weight has products only"
     if isinstance(weight, QuantizedWeight):
         rows = replace(weight, codes=weight.codes[:, columns], scales=weight.scales[:, columns],
                        mins=None if weight.mins is None else weight.mins[:, columns])  # fmt: skip

@@ -163,7 +163,7 @@ def load(
     if find_gguf(path):
         return gguf_checkpoint.load(path, tree, dtype, finish=finish, shardings=shardings, progress=progress)
     form = quantized_checkpoint.read_format(read_config(path)) if (path / "config.json").exists() else None
-    files = _open(path)
+    files = open_tensors(path)
     ignored = (*_IGNORED, *skipped, *(form.unused if form else ()))
     found = _verify(path, jax.tree.leaves(tree, is_leaf=is_param), files, form, ignored)
     _report(path, files, form)
@@ -226,8 +226,8 @@ def _load_param(
     return weight
 
 
-def _open(path: Path) -> dict[str, SafetensorsFile]:
-    """The file of every tensor in a directory."""
+def open_tensors(path: Path) -> dict[str, SafetensorsFile]:
+    """The file of every tensor in a directory. Raises CheckpointError as `load`."""
     weight_map = _read_index(path)
     opened = [safetensors.open(file) for file in _weight_files(path, weight_map)]
     found: dict[str, SafetensorsFile] = {}
@@ -389,10 +389,8 @@ def export(
     dtype = np.dtype(dtype)
     params, treedef = jax.tree.flatten(tree, is_leaf=is_param)
     leaves = treedef.flatten_up_to(arrays)
-    tensors: dict[str, Deferred] = {}
-    for name, parts in _parts(params).items():
-        tensors |= _tensors(name, parts, leaves, dtype)
-    shards = _split(tensors, max_shard_bytes)
+    written = tensors(tree, arrays, dtype)
+    shards = _split(written, max_shard_bytes)
     with atomic_directory(
         path, replaces=("*.safetensors", "generation_config.json"), last=(INDEX, "config.json")
     ) as staging:
@@ -402,13 +400,23 @@ def export(
             safetensors.write(staging / file, shard)
             weight_map |= dict.fromkeys(shard, file)
         if len(shards) > 1:
-            total = sum(tensor.nbytes for tensor in tensors.values())
+            total = sum(tensor.nbytes for tensor in written.values())
             _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         if generation_config is not None:
             _write_json(staging / "generation_config.json", generation_config)
         plain = {key: value for key, value in config.items() if key not in quantized_checkpoint.CONFIG_KEYS}
         plain |= _quantization_config(params, leaves)
         _write_json(staging / "config.json", {**plain, "dtype": dtype.name, "torch_dtype": dtype.name})
+
+
+def tensors(tree: Tree, arrays: Tree, dtype: DTypeLike) -> dict[str, Deferred]:
+    """The tensors of a checkpoint by name, each put together when it is written. Arguments and errors as `export`."""
+    params, treedef = jax.tree.flatten(tree, is_leaf=is_param)
+    leaves = treedef.flatten_up_to(arrays)
+    found: dict[str, Deferred] = {}
+    for name, parts in _parts(params).items():
+        found |= _tensors(name, parts, leaves, np.dtype(dtype))
+    return found
 
 
 def _quantization_config(params: Sequence[Param], leaves: Sequence[Any]) -> dict[str, Any]:

@@ -12,27 +12,36 @@ Declarations and computation meet in a dict of weights, under these names:
     narrow, widen       [D, N] and [N, D]: map tokens to what experts see, whose D is N then, and back; perhaps with
                         `narrow_bias` and `widen_bias` (latent experts)
     shared              {gate, up, down} of an expert that every token has; `shared_gate` [D, 1] weighs it by a sigmoid
+    layout              not a weight: where tokens lie, of layers that are trained on a mesh
 
 `mixture` dispatches tokens by sorting them by expert, and multiplies each with the weights of its own experts only; no
 token is dropped. A token's result depends on that token alone, to the last bit where the products do: what its experts
 say is added in the order in which its own router ranks them.
 
+On a mesh every device sorts its own tokens. Along "expert" it gathers those of others, computes what its own experts
+say of all of them, and the results are added up and scattered back. That drops no token, whatever the routing; sending
+each to its experts would need room for the worst case, or a limit to what an expert takes (ADR 0012).
+
 Dims: T packed tokens, D model width, E experts, k experts of a token, F feed-forward width of an expert.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
+from tenfold.base.errors import ConfigError
 from tenfold.kernels.grouped_matmul import grouped_matmul, output_dims
 from tenfold.kernels.matmul import matmul
 from tenfold.nn.layers import activation, project, project_all
 from tenfold.nn.mlp import gated_mlp
 from tenfold.nn.param import Param, param, stack
+from tenfold.parallel.layout import NOWHERE, Layout, current
 
 Gating = Callable[..., jax.Array]
 """What an expert makes of x · gate and x · up; a plain one of x · up."""
@@ -222,8 +231,12 @@ def mixture(x: Float[Array, "T D"], p: Mapping[str, Any], router: Router, gating
     logits = matmul(x, p["router"], dtype=jnp.float32)[0]
     if "router_bias" in p:
         logits = logits + p["router_bias"].astype(jnp.float32)[None]
+    routing, layout = choose(logits, router, p.get("choice_bias")), p.get("layout", NOWHERE)
     seen = project(x, p["narrow"], p.get("narrow_bias")) if "narrow" in p else x
-    y = _dispatch(seen, p, choose(logits, router, p.get("choice_bias")), logits.shape[1], router.on_input, gating)
+    if layout.size(*layout.token_axes) > 1:
+        y = _dispatch_on_mesh(seen, p, routing, router, gating, layout)
+    else:
+        y = _dispatch(seen, p, routing, logits.shape[1], router.on_input, gating).astype(x.dtype)
     y = project(y, p["widen"], p.get("widen_bias")) if "widen" in p else y
     return y + _shared(x, p, gating) if "shared" in p else y
 
@@ -237,23 +250,91 @@ def _shared(x: Float[Array, "T D"], p: Mapping[str, Any], gating: Gating) -> Flo
 
 
 def _dispatch(
-    x: Float[Array, "T D"], p: Mapping[str, Any], routing: Routing, E: int, on_input: bool, gating: Gating
-) -> Float[Array, "T D"]:
-    """Every token through its experts: its k copies are sorted by expert, and what becomes of them is put back."""
+    x: Float[Array, "T D"],
+    p: Mapping[str, Any],
+    routing: Routing,
+    E: int,
+    on_input: bool,
+    gating: Gating,
+    *,
+    some: bool = False,
+) -> Float32[Array, "T D"]:
+    """Every token through its experts: its k copies are sorted by expert, and what becomes of them is put back.
+
+    `some`: experts from E on are not here, and add nothing.
+    """
     T, k = routing.experts.shape
     chosen, weights = routing.experts.reshape(-1), routing.weights
     order = jnp.argsort(chosen, stable=True)
-    rows = x[order // k]
+    here = (chosen[order] < E)[:, None]
+    rows = jnp.where(here, x[order // k], 0) if some else x[order // k]
     if on_input:
         rows = rows * weights.reshape(-1, 1)[order].astype(x.dtype)
     sizes = jnp.bincount(chosen, length=E)
-    y = _experts(rows, chosen[order], sizes, p, gating)[jnp.argsort(order)].reshape(T, k, -1).astype(jnp.float32)
+    y = _experts(rows, chosen[order], sizes, p, gating)
+    y = jnp.where(here, y, 0) if some else y
+    y = y[jnp.argsort(order)].reshape(T, k, -1).astype(jnp.float32)
     if not on_input:
         y = y * weights[:, :, None]
     total = y[:, 0]
     for i in range(1, k):  # in the order of the token's own ranking
         total = total + y[:, i]
-    return total.astype(x.dtype)
+    return total
+
+
+_EXPERT_DIMS = {
+    **dict.fromkeys(("gate", "up", "gate_up_bias"), "expert - tensor"),
+    **dict.fromkeys(("down", "gate_up_pairs_bias"), "expert tensor -"),
+    **dict.fromkeys(("gate_bias", "up_bias"), "expert tensor"),
+    "gate_up": "expert - - tensor",
+    "gate_up_pairs": "expert - tensor -",
+    "down_bias": "expert -",
+}
+"""The mesh axes that the weights of experts are split over, as the rules of sharding have them."""
+
+
+def _dispatch_on_mesh(
+    x: Float[Array, "T D"], p: Mapping[str, Any], routing: Routing, router: Router, gating: Gating, layout: Layout
+) -> Float[Array, "T D"]:
+    """`_dispatch` where tokens, and perhaps experts and their width, are spread over devices."""
+    assert layout.mesh is not None
+    weights = {name: p[name] for name in _EXPERT_DIMS if name in p}
+    E, F = p["down"].shape[:2] if isinstance(p["down"], jax.Array) else (jax.tree.leaves(p["down"])[0].shape[0], 0)
+    experts, tensor = layout.size("expert"), layout.size("tensor")
+    if E % experts:
+        raise ConfigError(f"{E} experts do not divide over expert={experts}: choose a divisor of {E}")
+    splits = tensor > 1 and F > 0 and F % tensor == 0
+
+    def run(x: jax.Array, routing: Routing, p: Mapping[str, Any]) -> jax.Array:
+        if experts > 1:
+            gather = functools.partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
+            x, routing = jax.tree.map(gather, (x, routing))
+            mine = routing.experts - jax.lax.axis_index("expert") * (E // experts)
+            elsewhere = (mine < 0) | (mine >= E // experts)
+            routing = routing._replace(experts=jnp.where(elsewhere, E // experts, mine))
+        if splits and "down_bias" in p:  # which is added once
+            p = {**p, "down_bias": jnp.where(jax.lax.axis_index("tensor") == 0, p["down_bias"], 0)}
+        y = _dispatch(x, p, routing, E // experts, router.on_input, gating, some=experts > 1)
+        y = jax.lax.psum(y, "tensor") if splits else y
+        return jax.lax.psum_scatter(y, "expert", tiled=True) if experts > 1 else y
+
+    def spec(name: str, weight: Any) -> Any:
+        known = {"expert": "expert" if experts > 1 else None, "tensor": "tensor" if splits else None, "-": None}
+        if isinstance(weight, jax.Array):
+            return PartitionSpec(*(known[dim] for dim in _EXPERT_DIMS[name].split()))
+        return jax.tree.map(lambda _: PartitionSpec(known["expert"]), weight)
+
+    tokens = PartitionSpec(layout.token_axes)
+    specs = {name: spec(name, weight) for name, weight in weights.items()}
+    on_devices = jax.shard_map(
+        run,
+        mesh=current(layout.mesh),
+        in_specs=(tokens, tokens, specs),
+        out_specs=tokens,
+        axis_names={axis for axis in layout.mesh.shape if axis != "pipeline"},
+        check_vma=False,  # the loop over tiles starts with zeros, which vary over no axis
+    )
+    return on_devices(x, routing, weights).astype(x.dtype)
 
 
 def _experts(

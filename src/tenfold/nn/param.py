@@ -104,7 +104,7 @@ class Param:
         return self.shape[self.stack_dims :]
 
     @property
-    def _matrix(self) -> tuple[list[int], list[int], list[int]]:
+    def matrix_dims(self) -> tuple[list[int], list[int], list[int]]:
         """Which dims count matrices, which are their inputs, and which their outputs."""
         names = self.axes.split()
         batch = self.stacked + (self.experts is not None)
@@ -114,21 +114,21 @@ class Param:
     @property
     def input_size(self) -> int:
         """How many inputs a product with this weight, or with one expert's, has."""
-        return math.prod(self.shape[i] for i in self._matrix[1])
+        return math.prod(self.shape[i] for i in self.matrix_dims[1])
 
     @property
     def output_dims(self) -> tuple[int, ...]:
         """The dims of what a product with this weight, or with one expert's, gives."""
-        return tuple(self.shape[i] for i in self._matrix[2])
+        return tuple(self.shape[i] for i in self.matrix_dims[2])
 
     @property
     def routes(self) -> bool:
         """Whether the products with this weight choose experts: it is small, and never rounded unless stored so."""
-        return "experts" in [self.axes.split()[i] for i in self._matrix[2]]
+        return "experts" in [self.axes.split()[i] for i in self.matrix_dims[2]]
 
     def as_matrix(self, array: jax.Array) -> jax.Array:
         """A weight as [inputs, outputs], with leading dims of stacked layers and of experts where it has them."""
-        batch, inputs, outputs = self._matrix
+        batch, inputs, outputs = self.matrix_dims
         return array.transpose(*batch, *inputs, *outputs).reshape(*array.shape[: len(batch)], self.input_size, -1)
 
     def checkpoint_shape(self, source: Source) -> tuple[int, ...]:

@@ -2,16 +2,63 @@
 
 A scan compiles in the time of one layer, but reads each layer's weights through a copy; serving cannot pay for that.
 Where layers differ (window, no rope, ...) the scan's body is one repetition of the shortest repeating pattern.
+
+Training may put `PlacedLayers` in the place of the stacked ones, which say besides where activations lie, what of them
+is kept for the gradient, and which share of the layers one stage of a pipeline has.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
+from tenfold.base.errors import ConfigError
 from tenfold.nn.param import Tree, is_param, stack
+from tenfold.parallel.layout import NOWHERE, Layout
 
 Block = Callable[[Any, Tree, Any, Any], tuple[Any, Any]]
+
+Remat = Literal["none", "full", "dots", "offload"]
+"""What the gradient finds of a layer's activations: all; none but what goes into the layer; the results of its products
+with weights; or those, kept in the host's memory."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["received"], meta_fields=["layout", "remat", "stage"])
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How training runs a model's layers.
+
+    Attributes:
+        layout: where activations lie.
+        remat: what is kept of them for the gradient; the rest is computed again.
+        stage: whether the layers are the share of one stage of a pipeline.
+        received: what a stage's first layer is given: what the stage before passed on; None for the first stage.
+    """
+
+    layout: Layout = NOWHERE
+    remat: Remat = "none"
+    stage: bool = False
+    received: Any = None
+
+
+PLAIN = Placement()
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers", "placement"], meta_fields=[])
+@dataclass(frozen=True)
+class PlacedLayers:
+    """Stacked or separate layers, and how training runs them."""
+
+    layers: Tree
+    placement: Placement
+
+
+def place_layers(params: Tree, placement: Placement) -> Tree:
+    """A model's weights, with its layers to be run so."""
+    return params | {"layers": PlacedLayers(params["layers"], placement)}
 
 
 def period(kinds: Sequence[Hashable]) -> int:
@@ -39,6 +86,23 @@ def stack_layers(layers: Sequence[Tree], kinds: Sequence[Hashable]) -> Tree:
     return {"head": list(layers[:head]), "scan": [place(i) for i in range(n)], "tail": list(layers[end:])}
 
 
+def stack_weights(weights: Sequence[Tree], layers: Sequence[Tree], kinds: Sequence[Hashable]) -> Tree:
+    """The weights of separate layers in the tree that `stack_layers` declares; quantised ones, too, if they are alike.
+
+    Args:
+        weights: of each layer.
+        layers: their declarations.
+        kinds: as for `stack_layers`.
+    """
+    head, n = pattern([(kind, _weights(layer)) for kind, layer in zip(kinds, layers, strict=True)])
+    end = head + (len(layers) - head) // n * n
+
+    def place(i: int) -> Tree:
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *weights[head + i : end : n])
+
+    return {"head": list(weights[:head]), "scan": [place(i) for i in range(n)], "tail": list(weights[end:])}
+
+
 def _weights(layer: Tree) -> Hashable:
     """What layers must share to be stacked."""
     params, structure = jax.tree.flatten(layer, is_leaf=is_param)
@@ -58,7 +122,7 @@ def run_layers(
 
     Args:
         block: one layer.
-        layers: a list of per-layer trees, or what `stack_layers` declares.
+        layers: a list of per-layer trees, what `stack_layers` declares, or either of them placed.
         kinds: what tells the layers apart, one per layer; static.
         x: the activations that the layers pass on.
         caches: one per layer, or None without a cache. Stacked layers take none.
@@ -66,9 +130,12 @@ def run_layers(
             layer's block returned. The kinds must tell layers with a source from those without.
 
     Returns:
-        The last activations, and the updated caches (Nones without; those of layers with a source as they were).
+        The last activations, and the updated caches (Nones without; those of layers with a source as they were). Of
+        one stage of a pipeline, what it passes on to the next stands in place of the caches.
     """
     sources = [None] * len(kinds) if sources is None else sources
+    if isinstance(layers, PlacedLayers):
+        return _run_placed(block, layers, kinds, x, sources)
     if isinstance(layers, dict):
         if caches is not None:
             raise ValueError("stacked layers hold no cache: serve with unstacked ones")
@@ -111,3 +178,48 @@ def _scan_layers(block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any, 
     for i, params in enumerate(layers["tail"]):
         x = run(head + i, x, params, first)
     return x
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def _run_placed(
+    block: Block, placed: PlacedLayers, kinds: Sequence[Hashable], x: Any, sources: Sequence[int | None]
+) -> tuple[Any, list[Any]]:
+    layers, placement = placed.layers, placed.placement
+
+    def run(x: Any, params: Tree, kind: Any, cache: Any) -> tuple[Any, Any]:
+        return block(_constrain(placement.layout, x), params | {"layout": placement.layout}, kind, cache)
+
+    kept, x = _remat(run, placement.remat), _constrain(placement.layout, x)
+    if not placement.stage:
+        x, caches = run_layers(kept, layers, kinds, x, sources=sources)
+        return _constrain(placement.layout, x), caches
+    _check_stage(layers, x, sources)
+    x, _ = run_layers(kept, layers, kinds, x if placement.received is None else placement.received)
+    x = _constrain(placement.layout, x)
+    return x, [x]
+
+
+def _constrain(layout: Layout, x: Any) -> Any:
+    """Tokens [T, D] where the layout has them: left alone, the compiler may spread D like the weights are."""
+    return jax.tree.map(lambda a: layout.constrain(a, layout.token_axes, None) if a.ndim == 2 else a, x)
+
+
+def _remat(block: Block, remat: Remat) -> Block:
+    if remat == "none":
+        return block
+    policies = jax.checkpoint_policies
+    policy = {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }[remat]
+    return jax.checkpoint(block, policy=policy, static_argnums=2)
+
+
+def _check_stage(layers: Tree, x: Any, sources: Sequence[int | None]) -> None:
+    if not isinstance(layers, dict) or layers["head"] or layers["tail"]:
+        raise ConfigError("a pipeline needs stacked layers of one repeating pattern, which these are not")
+    if not isinstance(x, jax.Array) or any(source is not None for source in sources):
+        raise ConfigError("a pipeline cannot run layers that read what others than the one before them left")

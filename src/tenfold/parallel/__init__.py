@@ -1,1 +1,1 @@
-"""Placing arrays on meshes of devices."""
+"""Meshes of devices: where arrays lie on them, the schedules of pipelines, and hosts."""

@@ -21,8 +21,9 @@ class ShardingRules:
     """The mesh axis, or axes, over which each logical axis is split; None, or an axis that the mesh lacks, splits none.
 
     The defaults are tensor parallelism (Shoeybi et al., 2019) over "tensor", fully sharded weights (Zhao et al., 2023)
-    over "fsdp", and expert parallelism (Lepikhin et al., 2020) over "expert". "small" are dims that nobody would split:
-    the parts of a fused tensor, coefficients, scalars.
+    over "fsdp", expert parallelism (Lepikhin et al., 2020) over "expert", and stacked layers over the stages of a
+    "pipeline" (Huang et al., 2019). "small" are dims that nobody would split: the parts of a fused tensor,
+    coefficients, scalars.
     """
 
     embed: MeshAxes = "fsdp"
@@ -36,7 +37,7 @@ class ShardingRules:
     positions: MeshAxes = None
     small: MeshAxes = None
     latent: MeshAxes = None
-    layers: MeshAxes = None
+    layers: MeshAxes = "pipeline"
 
 
 DEFAULT_RULES = ShardingRules()

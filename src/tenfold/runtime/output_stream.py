@@ -19,9 +19,9 @@ class OutputStream:
     Args:
         request_id: the consumer's name for the request; it stands in the outputs taken.
         n: completions that will come.
-        interval_s: says, after every output, the shortest time to the next in seconds; what comes sooner is merged, so
-            that a fast engine does not cost its consumer a wake-up per token. The first output and the end of a
-            completion do not wait.
+        interval_s: says, after every output, the time to the next in seconds; what comes sooner is merged, so that a
+            fast engine does not cost its consumer a wake-up per token. Streams of one interval keep the same beat: one
+            wake-up serves them all. The first output and the end of a completion do not wait.
     """
 
     def __init__(self, request_id: str, n: int, interval_s: Callable[[], float] | None = None) -> None:
@@ -74,7 +74,7 @@ class OutputStream:
             await self._wait()
         pending = self._pending.pop(next(iter(self._pending)))
         if self._interval_s is not None and self._unfinished and not self._pending:
-            self._due = self._loop.time() + self._interval_s()
+            self._due = _next_beat(self._loop.time(), self._interval_s())
         return EngineOutput(self.request_id, *merge_outputs(pending)[1:])
 
     async def _wait(self) -> None:
@@ -92,6 +92,11 @@ class OutputStream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _next_beat(now: float, interval: float) -> float:
+    """The next of all the times that are multiples of the interval."""
+    return (now // interval + 1) * interval if interval > 0 else now
 
 
 def merge_outputs(outputs: Sequence[EngineOutput]) -> EngineOutput:

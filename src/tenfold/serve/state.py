@@ -20,6 +20,7 @@ R = TypeVar("R")
 TEXT_THREADS = 2
 MAX_EVENT_INTERVAL_S = 0.1  # more would be seen
 EVENTS_PER_S = 2000.0
+CORES = os.cpu_count() or 1
 EVENTS_PER_CORE = 100.0  # a second; an event takes about half a millisecond, here and in a client on this machine
 MAX_CHARS_PER_TOKEN = 256  # no vocabulary's longest tokens, which are runs of spaces, come near it on average
 
@@ -80,7 +81,7 @@ class ServerState:
         if self.config.max_events_per_s is not None:
             return self.config.max_events_per_s
         info = self.engine.info
-        return EVENTS_PER_CORE * (os.cpu_count() or 1) if info and info.device.startswith("cpu") else EVENTS_PER_S
+        return EVENTS_PER_CORE * CORES if info and info.device.startswith("cpu") else EVENTS_PER_S
 
     def enter(self) -> None:
         """Counts a request in; `leave` counts it out again.

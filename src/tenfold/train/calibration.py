@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from tenfold.base.errors import ConfigError
+from tenfold.data.packing import Rows, pack
 from tenfold.data.tokenizer import Tokenizer
-from tenfold.train.packing import Rows, pack
 from tenfold.train.pico import corpus
 
 

@@ -1,29 +1,110 @@
-"""The loss of next-token prediction over packed rows."""
+"""Losses as sums, so that micro-batches, rows and shards add up exactly; and the one of next-token prediction.
 
+Dims: N rows, L tokens of a row, D model width.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
+from tenfold.data.packing import Rows
 from tenfold.models.family import Model
 from tenfold.nn.packed import packed_attend
 from tenfold.nn.param import Tree
-from tenfold.train.packing import Rows
+from tenfold.nn.stack import PLAIN, Placement, place_layers
 
 
-def hidden_states(params: Tree, model: Model, rows: Rows) -> Float[Array, "N L D"]:
+class LossSum(NamedTuple):
+    """What a loss adds up over a batch.
+
+    Attributes:
+        total: the sum of weighted losses.
+        weight: the sum of their weights.
+        metrics: further sums, each divided by `weight` when it is reported.
+    """
+
+    total: Float32[Array, ""]
+    weight: Float32[Array, ""]
+    metrics: dict[str, Array]
+
+    @property
+    def mean(self) -> Float32[Array, ""]:
+        """The weighted mean of the loss; 0 where nothing has a weight."""
+        return self.total / jnp.maximum(self.weight, 1e-6)
+
+
+Loss = Callable[[Tree, Tree, Any], LossSum]
+"""(trainable, frozen, batch) -> sums. Pure, so that `grad`, `vmap` and Hessian-vector products of it work.
+
+The batch is a pytree of arrays whose leading dim is rows.
+"""
+
+
+def flat_states(
+    params: Tree, model: Model, rows: Rows, placement: Placement = PLAIN
+) -> tuple[Float[Array, "T D"], Any]:
+    """Hidden states of the tokens of packed rows, in the order of the placement's layout (T = N · L).
+
+    Attention is causal and stays within each segment. Of one stage of a pipeline, also returns what it passes on.
+    """
+    layout = placement.layout
+    attend = packed_attend(jnp.asarray(rows.segment_ids), layout)
+    tokens, positions = (layout.flatten(jnp.asarray(x)) for x in (rows.tokens, rows.positions))
+    return model.forward(place_layers(params, placement), tokens, positions, attend)
+
+
+def hidden_states(params: Tree, model: Model, rows: Rows, placement: Placement = PLAIN) -> Float[Array, "N L D"]:
     """Hidden states of packed rows; attention is causal and stays within each segment."""
-    N, L = rows.tokens.shape
-
-    attend = packed_attend(jnp.asarray(rows.segment_ids))
-    tokens, positions = jnp.asarray(rows.tokens), jnp.asarray(rows.positions)
-    hidden, _ = model.forward(params, tokens.reshape(-1), positions.reshape(-1), attend)
-    return hidden.reshape(N, L, -1)
+    hidden, _ = flat_states(params, model, rows, placement)
+    return placement.layout.unflatten(hidden, rows.tokens.shape[0])
 
 
-def next_token_loss(params: Tree, model: Model, rows: Rows) -> Float[Array, ""]:
-    """Weighted mean cross-entropy, in nats, of each token given those before it in its segment."""
-    hidden = hidden_states(params, model, rows)[:, :-1]
-    logits = model.logits(params, hidden.reshape(-1, hidden.shape[-1]))
-    targets, weights = rows.tokens[:, 1:].reshape(-1), rows.weights[:, 1:].reshape(-1)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-6)
+def next_token_loss(params: Tree, model: Model, rows: Rows, placement: Placement = PLAIN) -> LossSum:
+    """Weighted cross-entropy, in nats, of each token given those before it in its segment."""
+    hidden, _ = flat_states(params, model, rows, placement)
+    logits = model.logits(params, hidden)
+    # The last token of a row is followed by none.
+    following = (jnp.pad(jnp.asarray(x)[:, 1:], ((0, 0), (0, 1))) for x in (rows.tokens, rows.weights))
+    targets, weights = map(placement.layout.flatten, following)
+    # Picked by comparing, which leaves a vocabulary that is spread over devices where it is.
+    is_target = targets[:, None] == jnp.arange(logits.shape[1])[None]
+    losses = jax.nn.logsumexp(logits, axis=1) - jnp.where(is_target, logits, 0).sum(1)
+    return LossSum((losses * weights).sum(), weights.sum(), {})
+
+
+def full_training(model: Model, placement: Placement = PLAIN) -> Loss:
+    """The loss of training every weight of a language model on packed rows: all are trainable, none frozen."""
+
+    def loss(trainable: Tree, frozen: Tree, rows: Rows) -> LossSum:
+        del frozen
+        return next_token_loss(trainable, model, rows, placement)
+
+    return loss
+
+
+class StagedLoss(NamedTuple):
+    """A loss in the parts that the stages of a pipeline compute; all are given the placement that says which.
+
+    Attributes:
+        pass_on: (trainable, frozen, batch, placement) -> what the stage passes on to the next.
+        sums: likewise, the sums, by the last stage.
+    """
+
+    pass_on: Callable[[Tree, Tree, Any, Placement], Float[Array, "T D"]]
+    sums: Callable[[Tree, Tree, Any, Placement], LossSum]
+
+
+def staged_full_training(model: Model) -> StagedLoss:
+    """What `full_training` computes, for a pipeline."""
+
+    def pass_on(trainable: Tree, frozen: Tree, rows: Rows, placement: Placement) -> Float[Array, "T D"]:
+        del frozen
+        return flat_states(trainable, model, rows, placement)[1][0]
+
+    def sums(trainable: Tree, frozen: Tree, rows: Rows, placement: Placement) -> LossSum:
+        return full_training(model, placement)(trainable, frozen, rows)
+
+    return StagedLoss(pass_on, sums)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from tenfold.base.errors import ConfigError
-from tenfold.base.files import TOKENIZER_FILES, matches
+from tenfold.data.packing import Rows
 from tenfold.data.tokenizer import Tokenizer
 from tenfold.kernels.attention import Attend, AttentionSpec, packed_attention
 from tenfold.kernels.matmul import ObservedWeight, QuantizedWeight, reference
@@ -25,9 +24,9 @@ from tenfold.nn.packed import packed_attend
 from tenfold.nn.param import Param, Tree, is_param
 from tenfold.nn.quantization import Scheme, find_scheme, quantize_param
 from tenfold.train.calibration import draw_rows
+from tenfold.train.export import copy_other_files, stored_dtype
 from tenfold.train.gptq import gptq
 from tenfold.train.loss import next_token_loss
-from tenfold.train.packing import Rows
 
 ROW_LENGTH = 512
 TOGETHER = 8  # rows whose attention, or loss, is computed at a time
@@ -180,11 +179,8 @@ def _cut(rows: int) -> list[slice]:
 def perplexity(model: Model, params: Tree, rows: Rows) -> float:
     """exp of the mean loss over the tokens of packed rows, with plain or quantised weights."""
     loss = jax.jit(lambda params, rows: next_token_loss(params, model, rows))
-    total = 0.0
-    for at in _cut(len(rows.tokens)):
-        part = Rows(*(array[at] for array in rows))
-        total += float(loss(params, part)) * float(part.weights[:, 1:].sum())
-    return math.exp(total / float(rows.weights[:, 1:].sum()))
+    sums = [loss(params, Rows(*(array[at] for array in rows))) for at in _cut(len(rows.tokens))]
+    return math.exp(sum(float(part.total) for part in sums) / sum(float(part.weight) for part in sums))
 
 
 def quantize_checkpoint(
@@ -227,10 +223,10 @@ def quantize_checkpoint(
     calibration, measured = Rows(*(a[:samples] for a in rows)), Rows(*(a[samples:] for a in rows))
     params = checkpoint.load(path, model.params(), jnp.float32, skipped=model.skipped())
     before = perplexity(model, params, measured)
-    dtype = _stored_dtype(config)
+    dtype = stored_dtype(config)
     params = calibrate(model, params, calibration, chosen, scale_dtype=dtype, report=report)
     after = perplexity(model, params, measured)
-    _copy_other_files(path, output)
+    copy_other_files(path, output)
     generation = path / "generation_config.json"
     checkpoint.export(
         output,
@@ -248,20 +244,6 @@ def quantize_checkpoint(
         calibration_tokens=int((calibration.segment_ids > 0).sum()),
         held_out_tokens=int(measured.weights[:, 1:].sum()),
     )
-
-
-def _stored_dtype(config: dict[str, Any]) -> jnp.dtype:
-    """What the checkpoint's weights are in; float32 where its config does not say."""
-    name = config.get("dtype") or config.get("torch_dtype")
-    return jnp.dtype(name if name in ("float32", "float16", "bfloat16") else "float32")
-
-
-def _copy_other_files(path: Path, output: Path) -> None:
-    """Copies the tokenizer and what says how to generate; the config and the weights are written anew."""
-    output.mkdir(parents=True, exist_ok=True)
-    for file in path.iterdir():
-        if file.is_file() and file.name != "config.json" and matches(file.name, TOKENIZER_FILES):
-            shutil.copyfile(file, output / file.name)
 
 
 def _weight_bytes(path: Path) -> int:

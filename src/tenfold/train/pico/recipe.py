@@ -4,21 +4,24 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from tenfold.data import packing
+from tenfold.data.packing import Rows
 from tenfold.models.family import Model, resolve
 from tenfold.nn import checkpoint
-from tenfold.nn.param import Tree
-from tenfold.train import packing
-from tenfold.train.loss import hidden_states
-from tenfold.train.packing import Rows
+from tenfold.nn.param import Tree, initialize
+from tenfold.train.checkpoints import CheckpointConfig
+from tenfold.train.flops import flops_per_token
+from tenfold.train.loss import full_training, hidden_states
+from tenfold.train.optimizers import OptimizerConfig
 from tenfold.train.pico import conversations, corpus, vocabulary
-from tenfold.train.plot import plot_loss
-from tenfold.train.trainer import TrainConfig, train
+from tenfold.train.trainer import Job, TrainConfig, Trained, train
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -38,7 +41,14 @@ CONFIG = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-TRAINING = TrainConfig(steps=3600, decay=1400)
+TRAINING = TrainConfig(
+    steps=3600,
+    optimizer=OptimizerConfig(
+        learning_rate=1.5e-3, schedule="wsd", warmup_steps=100, decay_steps=1400, weight_decay=0.01, b2=0.98
+    ),
+    eval_steps=250,
+    checkpoints=CheckpointConfig(save_steps=250),
+)
 TOKENS_PER_STEP = 2048
 SHORT, LONG = 128, 512
 LONG_FROM = 3200  # from this step on rows are long, so that pico reads contexts of LONG tokens too
@@ -46,18 +56,39 @@ SOURCE_SHARE = 0.25
 QUESTIONS = 300  # drawn at random to measure recall
 
 
-def batches(tokenizer: Tokenizer, seed: int) -> Iterator[Rows]:
-    """Endless batches of 2,048 tokens: conversations, freshly drawn every epoch, and a share of source code."""
-    streams = {L: (_conversation_rows(tokenizer, L, seed), _source_rows(tokenizer, L, seed)) for L in (SHORT, LONG)}
-    step = 0
-    while True:
-        L = SHORT if step < LONG_FROM else LONG
+class PicoBatches:
+    """Endless batches of 2,048 tokens: conversations, freshly drawn every epoch, and a share of source code.
+
+    Going back to where another one stood draws all that came before again, in seconds.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+        self._tokenizer, self._seed = tokenizer, seed
+        self.set_state({"drawn": 0})
+
+    def __next__(self) -> Rows:
+        L = SHORT if self._drawn < LONG_FROM else LONG
         n = TOKENS_PER_STEP // L
         source = round(n * SOURCE_SHARE)
-        chat_rows, source_rows = streams[L]
+        chat_rows, source_rows = self._streams[L]
         drawn = [next(chat_rows) for _ in range(n - source)] + [next(source_rows) for _ in range(source)]
-        yield Rows(*(np.stack(arrays) for arrays in zip(*drawn, strict=True)))
-        step += 1
+        self._drawn += 1
+        return Rows(*(np.stack(arrays) for arrays in zip(*drawn, strict=True)))
+
+    def get_state(self) -> dict[str, Any]:
+        """As `Batches` has it."""
+        return {"drawn": self._drawn}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """As `Batches` has it."""
+        t, seed = self._tokenizer, self._seed
+        self._streams = {L: (_conversation_rows(t, L, seed), _source_rows(t, L, seed)) for L in (SHORT, LONG)}
+        self._drawn = 0
+        while self._drawn < state["drawn"]:
+            next(self)
+
+    def close(self) -> None:
+        """As `Batches` has it: there are no threads."""
 
 
 def _conversation_rows(tokenizer: Tokenizer, L: int, seed: int) -> Iterator[tuple[np.ndarray, ...]]:
@@ -111,12 +142,8 @@ def build_model() -> Model:
     return resolve(CONFIG)
 
 
-def make(output: Path, *, seed: int = 0) -> Path:
-    """Trains pico and writes its checkpoint to `output`/model, with the events and the loss plot beside it.
-
-    Returns:
-        The directory of the model, which `tenfold serve` takes.
-    """
+def make(output: Path, *, seed: int = 0) -> Trained:
+    """Trains pico and writes its checkpoint to `output`/model, with the events and the plots beside it."""
     directory = output / "model"
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = vocabulary.train_tokenizer()
@@ -124,13 +151,21 @@ def make(output: Path, *, seed: int = 0) -> Path:
     questions = corpus.held_out(seed, QUESTIONS)
     (output / "questions.json").write_text(json.dumps(questions, indent=0, ensure_ascii=False))
     model = build_model()
-
-    def save(params: Tree) -> None:
-        generation = vocabulary.generation_config(tokenizer)
+    declared = model.params(stacked=True)
+    job = Job(
+        loss=full_training(model),
+        declared=declared,
+        initial=lambda: initialize(declared, jax.random.key(seed), jnp.float32),
+        flops_per_token=flops_per_token(model, SHORT),
+    )
+    trained = train(job, TRAINING, PicoBatches(tokenizer, seed), output, evaluate=Recall(model, tokenizer, questions))
+    if trained.finished:
         checkpoint.export(
-            directory, model.params(), params, config=CONFIG, dtype=jnp.bfloat16, generation_config=generation
+            directory,
+            declared,
+            trained.state.trainable,
+            config=CONFIG,
+            dtype=jnp.bfloat16,
+            generation_config=vocabulary.generation_config(tokenizer),
         )
-
-    train(model, TRAINING, batches(tokenizer, seed), output, Recall(model, tokenizer, questions), save)
-    plot_loss(output)
-    return directory
+    return trained

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenfold.base.errors import ConfigError
-from tenfold.train.packing import Example, Rows, chunk, pack
+from tenfold.data.packing import Example, Rows, chunk, pack
 
 LENGTH = 16
 

@@ -1,0 +1,58 @@
+"""How a run is spread over devices: the options that recipes share, and the gradient that they make of a loss."""
+
+from dataclasses import dataclass
+
+import jax
+
+from tenfold.nn.param import Tree
+from tenfold.nn.stack import Placement, Remat
+from tenfold.parallel.layout import NOWHERE, Layout
+from tenfold.parallel.mesh import parse_mesh
+from tenfold.parallel.schedule import Schedule, make_schedule
+from tenfold.parallel.sharding import make_mesh
+from tenfold.train.loss import StagedLoss
+from tenfold.train.pipeline import AXIS, pipelined
+from tenfold.train.step import Grad, accumulate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallelism:
+    """The options of a run.
+
+    Attributes:
+        mesh: axes and sizes, such as "data=2,fsdp=4"; "" is one device.
+        remat: what of a layer's activations is kept for the gradient: "none" computes nothing again, "full" all but
+            what goes into a layer, "dots" all but the results of products, which "offload" keeps on the host.
+        schedule: of a pipeline's micro-batches, one of `parallel.schedule.SCHEDULES`.
+        stages: of each device of a pipeline; more than one with "interleaved" only.
+        micro_batches: parts that a batch's rows are cut into.
+    """
+
+    mesh: str = ""
+    remat: Remat = "none"
+    schedule: str = "gpipe"
+    stages: int = 1
+    micro_batches: int = 1
+
+    def make_placement(self) -> Placement:
+        """Where activations lie on this machine's devices. Raises ConfigError if the mesh is not one of them."""
+        layout = Layout(make_mesh(parse_mesh(self.mesh, jax.device_count()))) if self.mesh else NOWHERE
+        return Placement(layout=layout, remat=self.remat)
+
+    def make_schedule(self, layout: Layout) -> Schedule | None:
+        """The schedule of the mesh's pipeline; None without one. Raises ConfigError if its numbers do not fit."""
+        devices = layout.size(AXIS)
+        return None if devices == 1 else make_schedule(self.schedule, devices, self.micro_batches, self.stages)
+
+    def make_grad(self, loss: StagedLoss, placement: Placement, shardings: Tree = None) -> Grad:
+        """The gradient of a loss, by a pipeline where the mesh has one.
+
+        Args:
+            loss: what to differentiate.
+            placement: as `make_placement` gives it.
+            shardings: of the trained weights.
+        """
+        schedule = self.make_schedule(placement.layout)
+        if schedule is None:
+            return accumulate(lambda t, f, batch: loss.sums(t, f, batch, placement), self.micro_batches)
+        return pipelined(loss, schedule, placement, shardings)

@@ -1,0 +1,36 @@
+"""One host of a run of several, for `test_hosts`: computes with the others, and says so, until it is killed.
+
+python -m tests.parallel.host STEPS
+"""
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tenfold.base.errors import TenfoldError
+from tenfold.parallel import hosts
+from tenfold.parallel.layout import Layout
+from tenfold.parallel.sharding import make_mesh
+
+
+def main(steps: int) -> None:
+    count = hosts.join_hosts()
+    layout = Layout(make_mesh({"data": count * jax.local_device_count()}))
+    own = np.full((jax.local_device_count(), 4), jax.process_index() + 1, np.float32)
+    rows = jax.make_array_from_process_local_data(layout.rows, own)
+    total = jax.jit(jnp.sum)
+    with hosts.watching_hosts():
+        for step in range(steps):
+            print(step, float(total(rows * (step + 1))), flush=True)
+            time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    try:
+        main(int(sys.argv[1]))
+    except TenfoldError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(3)

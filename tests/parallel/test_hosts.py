@@ -1,0 +1,74 @@
+"""Real processes that compute together over gloo."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tenfold.base.errors import ConfigError
+from tenfold.parallel.hosts import join_hosts
+
+pytestmark = pytest.mark.slow
+
+
+def start(count: int, steps: int, directory: Path) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for i in range(count):
+        places = {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(i),
+        }
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.parallel.host", str(steps)],
+                env=os.environ | places | {"JAX_NUM_CPU_DEVICES": "2"},
+                stdout=subprocess.PIPE,
+                stderr=(directory / f"{i}.err").open("w"),
+                text=True,
+            )
+        )
+    return started
+
+
+@pytest.mark.timeout(300)
+def test_processes_compute_together(tmp_path: Path) -> None:
+    processes = start(2, 3, tmp_path)
+    printed = [process.communicate(timeout=250)[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], (tmp_path / "0.err").read_text()
+    assert printed[0] == printed[1] == [f"{i} {24.0 * (i + 1)}" for i in range(3)]  # 2 · 4 · (1 + 2) numbers
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_other_ends_and_says_why(victim: int, tmp_path: Path) -> None:
+    processes = start(2, 1_000_000, tmp_path)
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("0 "), (tmp_path / "0.err").read_text()
+    processes[victim].kill()
+    survivor = processes[1 - victim]
+    survivor.communicate(timeout=120)
+    assert survivor.returncode != 0
+    said = (tmp_path / f"{1 - victim}.err").read_text()
+    # Where the first process is gone, jax may find that out before the devices do, and ends the others itself.
+    assert "HostLostError: process" in said or (victim == 0 and "distributed service" in said), said[-2000:]
+
+
+def test_a_process_alone_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    assert join_hosts() == 1
+
+
+def test_half_a_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(ConfigError, match=r"JAX_NUM_PROCESSES \('2'\) must say how many .* JAX_PROCESS_ID \('2'\)"):
+        join_hosts()
