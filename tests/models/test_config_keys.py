@@ -198,6 +198,7 @@ OVERRIDES |= {
     ("qwen3_next", "layer_types"): (["full_attention", "linear_attention", "full_attention"], {}),
     ("qwen3_next", "norm_topk_prob"): (False, {}),
     ("qwen3_5_text", "layer_types"): (["full_attention", "linear_attention", "full_attention"], {}),
+    ("qwen3_5_moe_text", "layer_types"): (["full_attention", "linear_attention", "full_attention"], {}),
     ("granitemoehybrid", "layer_types"): (["linear_attention", "full_attention", "linear_attention"], {}),
     ("granitemoehybrid", "rope_parameters"): ({"rope_theta": 77.0}, {"position_embedding_type": "rope"}),
     ("granitemoehybrid", "mamba_n_heads"): (12, {}),
@@ -213,6 +214,7 @@ OVERRIDES |= {
     ("deepseek_v2", "topk_group"): (2, {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 1}),
     ("qwen3_next", "head_dim"): (24, {}),
     ("qwen3_5_text", "head_dim"): (24, {}),
+    ("qwen3_5_moe_text", "head_dim"): (24, {}),
 }
 HYBRID: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear_conv_kernel_dim": (3, {}),
@@ -301,8 +303,8 @@ WRAPPERS = [  # whose text part is a family that has keys here
     "Gemma3nForConditionalGeneration",
     "Gemma4ForConditionalGeneration",
     "Llama4ForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
     "Qwen3_5ForConditionalGeneration",
-    "Qwen3_5MoeForCausalLM",
     "Qwen3_5MoeForConditionalGeneration",
 ]
 
