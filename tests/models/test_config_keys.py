@@ -123,6 +123,8 @@ HONOURED: dict[str, tuple[Any, dict[str, Any]]] = {
     "norm_topk_prob": (True, {}),
     "moe_intermediate_size": (10, {}),
     "shared_expert_intermediate_size": (10, {}),
+    "moe_shared_expert_intermediate_size": (10, {}),
+    "moe_latent_size": (10, {}),
     "intermediate_size_mlp": (10, {}),
     "decoder_sparse_step": (2, {}),
     "mlp_only_layers": ([1], {}),
@@ -196,10 +198,14 @@ OVERRIDES |= {
     ("qwen3_next", "layer_types"): (["full_attention", "linear_attention", "full_attention"], {}),
     ("qwen3_next", "norm_topk_prob"): (False, {}),
     ("qwen3_5_text", "layer_types"): (["full_attention", "linear_attention", "full_attention"], {}),
+    ("qwen3_5_moe_text", "layer_types"): (["full_attention", "linear_attention", "full_attention"], {}),
     ("granitemoehybrid", "layer_types"): (["linear_attention", "full_attention", "linear_attention"], {}),
     ("granitemoehybrid", "rope_parameters"): ({"rope_theta": 77.0}, {"position_embedding_type": "rope"}),
     ("granitemoehybrid", "mamba_n_heads"): (12, {}),
     ("nemotron_h", "layers_block_type"): (["mlp", "full_attention"], {}),
+    ("nemotron_h", "n_routed_experts"): (12, {}),
+    ("nemotron_h", "norm_topk_prob"): (False, {}),
+    ("nemotron_h", "topk_group"): (2, {"n_group": 4}),
     ("deepseek_v3", "norm_topk_prob"): (False, {}),
     ("deepseek_v3", "topk_group"): (2, {}),
     ("deepseek_v3", "n_group"): (4, {}),
@@ -208,6 +214,7 @@ OVERRIDES |= {
     ("deepseek_v2", "topk_group"): (2, {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 1}),
     ("qwen3_next", "head_dim"): (24, {}),
     ("qwen3_5_text", "head_dim"): (24, {}),
+    ("qwen3_5_moe_text", "head_dim"): (24, {}),
 }
 HYBRID: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear_conv_kernel_dim": (3, {}),
@@ -259,25 +266,12 @@ HYBRID: dict[str, tuple[Any, dict[str, Any]]] = {
     "topk_method": ("group_limited_greedy", {"n_group": 4, "topk_group": 2}),
     "rope_interleave": (False, {}),
 }
-NO_EXPERTS = (  # which layers of experts alone would need, and those are refused
-    "n_routed_experts",
-    "n_shared_experts",
-    "moe_intermediate_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_latent_size",
-    "moe_shared_expert_overlap",
-    "num_experts_per_tok",
-    "routed_scaling_factor",
-    "n_group",
-    "topk_group",
-    "norm_topk_prob",
-)
 UNUSED = {
     "gemma4_text": ("num_experts", "top_k_experts", "moe_intermediate_size"),  # of layers that are refused
     "falcon_h1": ("mamba_d_head", "mamba_chunk_size", "num_logits_to_keep"),  # the first follows from the others
     "granitemoehybrid": ("mamba_d_head", "mamba_chunk_size"),
     "nemotron_h": (
-        *NO_EXPERTS,
+        *("n_shared_experts", "moe_shared_expert_overlap"),  # one, as wide as it says
         *("num_hidden_layers", "num_logits_to_keep", "use_mamba_kernels", "mamba_ssm_cache_dtype", "chunk_size"),
         *("time_step_min", "time_step_max", "time_step_floor", "expand", "mamba_proj_bias"),
         *("hidden_dropout", "rescale_prenorm_residual", "mtp_layers_block_type"),
@@ -301,7 +295,7 @@ OWN: dict[str, dict[str, Any]] = OWN_SIZES | {  # what a family's sizes need bes
     "llama4_text": {"intermediate_size_mlp": 12},
     "qwen3_next": {"num_experts": 12},
     "granitemoehybrid": {"mamba_n_heads": 6},
-    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"]},
     "deepseek_v2": {"num_key_value_heads": 6, "moe_intermediate_size": 12},
     "deepseek_v3": {"num_key_value_heads": 6, "moe_intermediate_size": 12},
 }
@@ -309,8 +303,8 @@ WRAPPERS = [  # whose text part is a family that has keys here
     "Gemma3nForConditionalGeneration",
     "Gemma4ForConditionalGeneration",
     "Llama4ForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
     "Qwen3_5ForConditionalGeneration",
-    "Qwen3_5MoeForCausalLM",
     "Qwen3_5MoeForConditionalGeneration",
 ]
 

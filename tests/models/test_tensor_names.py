@@ -27,6 +27,14 @@ def renamed(tensors: Tensors, prefix: str, other: str) -> Tensors:
     return {other + name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
+def within(tensors: Tensors) -> Tensors:
+    """As transformers 5 names a text model beside others."""
+    return {
+        f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def extra(*names: str) -> Tensors:
     return {name: np.ones((2, 3), np.float32) for name in names}
 
@@ -50,20 +58,46 @@ CASES: dict[str, tuple[str, str | None, Callable[[Tensors], Tensors]]] = {
     "gemma 3 of transformers 5, with a vision tower": (
         "gemma3-v4",
         "Gemma3ForConditionalGeneration",
-        lambda tensors: (
-            renamed(tensors, "model.", "model.language_model.") | extra(*(f"model.{m}" for m in MULTIMODAL))
-        ),
+        lambda tensors: within(tensors) | extra(*(f"model.{m}" for m in MULTIMODAL)),
     ),
     "gemma 3n, with towers and keys that nothing reads": (
         "gemma3n",
         "Gemma3nForConditionalGeneration",
         lambda tensors: (
-            renamed(tensors, "model.", "model.language_model.")
+            within(tensors)
             | extra(
                 *GEMMA3N,
                 *(f"model.language_model.layers.4.self_attn.{k}.weight" for k in ("k_proj", "v_proj", "k_norm")),
             )
         ),
+    ),
+    "gemma 4, with towers": (
+        "gemma4",
+        "Gemma4ForConditionalGeneration",
+        lambda tensors: within(tensors) | extra(*GEMMA3N),
+    ),
+    "ministral 3, with a vision tower": (
+        "ministral3",
+        "Mistral3ForConditionalGeneration",
+        lambda tensors: {f"language_model.{name}": t for name, t in tensors.items()} | extra(*MULTIMODAL),
+    ),
+    "mistral small 3, of transformers 5": (
+        "mistral",
+        "Mistral3ForConditionalGeneration",
+        lambda tensors: within(tensors) | extra(*(f"model.{m}" for m in MULTIMODAL)),
+    ),
+    "llama 4, with a vision tower": (
+        "llama4",
+        "Llama4ForConditionalGeneration",
+        lambda tensors: (
+            {f"language_model.{name}": t for name, t in tensors.items()}
+            | extra("vision_model.patch.weight", MULTIMODAL[1])
+        ),
+    ),
+    "qwen 3.5, with a vision tower and a layer that predicts further": (
+        "qwen3_5",
+        "Qwen3_5ForConditionalGeneration",
+        lambda tensors: within(tensors) | extra("model.visual.patch.weight", "mtp.norm.weight"),
     ),
 }
 

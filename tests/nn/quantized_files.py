@@ -42,6 +42,8 @@ def numbers(weight: jax.Array | QuantizedWeight) -> np.ndarray:
     codes = np.asarray(weight.codes)
     if weight.bits == 4:
         codes = np.stack([codes & 15, codes >> 4], axis=1).reshape(2 * len(codes), -1)
+    if weight.floats:
+        codes = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     scales = np.repeat(np.asarray(weight.scales), weight.group, axis=0)
     with np.errstate(invalid="ignore"):  # damaged scales
         mins = weight.zero * scales if weight.mins is None else np.repeat(np.asarray(weight.mins), weight.group, axis=0)

@@ -5,17 +5,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tenfold.base.errors import CheckpointError
 from tenfold.kernels.matmul import QuantizedWeight
 from tenfold.nn import checkpoint, moe
 from tenfold.nn import param as params
 from tenfold.nn.mlp import mlp_params
 from tenfold.nn.moe import Router, choose
-from tenfold.nn.param import Param, Tree, param
+from tenfold.nn.packing import pack
+from tenfold.nn.param import Param, Tree, leaves, param
 from tenfold.nn.quantization import SCHEMES, nbytes, quantize_param
 from tenfold.nn.stack import stack_layers
 from tests.nn.quantized_files import CASES, MODULE, declare, load, numbers, write
@@ -245,12 +248,45 @@ def test_experts_in_any_format_are_read_as_a_weight_alone_is(form: str, tmp_path
     experts = [param((32, 16), "embed mlp", f"{name}.weight", "F D -> D F", inputs="embed") for name in names]
     tree = {"up": params.stack(experts, "experts")}
     both = load(tmp_path / "both", renamed, config, tree)["up"]
-    assert isinstance(both, type(alone[0]))
+    floats = form.startswith("fp8")  # which weights that are alone become numbers of
+    assert isinstance(both, QuantizedWeight if floats else type(alone[0]))
     for e in range(2):
-        jax.tree.map(lambda ours, wanted, e=e: np.testing.assert_array_equal(ours[e], wanted), both, alone[e])
+        one = jax.tree.map(lambda array, e=e: array[e], both)
+        np.testing.assert_array_equal(numbers(one), numbers(alone[e]))
+        if not floats:
+            jax.tree.map(np.testing.assert_array_equal, one, alone[e])
     layers = load(tmp_path / "layers", renamed, config, params.map_params(lambda p: params.stack([p]), tree))["up"]
     for e in range(2):
         np.testing.assert_allclose(layers[0, e].T, numbers(alone[e]), rtol=1e-6)
+
+
+def test_experts_in_eight_bit_floats_stay_so(tmp_path: Path, x: np.ndarray) -> None:
+    """As DeepSeek has them, a scale for each block; all other weights become numbers."""
+    tree, router = FORMS["shared"]
+    rng, tensors = np.random.default_rng(3), {}
+    for _, p in leaves(tree):
+        for source in p.sources:
+            N, d = p.checkpoint_shape(source)
+            values = rng.standard_normal((N, d), dtype=np.float32)
+            if "experts" not in source.name and "shared." not in source.name:
+                tensors[source.name] = values
+                continue
+            tensors[source.name] = (values * 50).astype(ml_dtypes.float8_e4m3fn)
+            scales = rng.uniform(0.005, 0.01, (-(-N // 4), d // 2)).astype(np.float32)
+            tensors[source.name.replace("weight", "weight_scale_inv")] = scales
+    config = {"quant_method": "fp8", "weight_block_size": [4, 2], "activation_scheme": "dynamic"}
+    p = load(tmp_path, tensors, config | {"modules_to_not_convert": ["gate", "shared_gate"]}, tree)
+    assert (p["down"].codes.dtype, p["down"].floats, p["down"].codes.shape) == (jnp.uint8, True, (E, F, D))
+    assert isinstance(p["shared"]["down"], jax.Array)
+    form = checkpoint.read_quantization(tmp_path)
+    assert nbytes(tree, "float32", form) == sum(w.nbytes for w in jax.tree.leaves(p))
+    np.testing.assert_allclose(run(x, p, router, gating), expected(x, plain(p, tree), router), rtol=2e-5, atol=2e-5)
+    scale = np.repeat(np.repeat(tensors["m.experts.4.w2.weight_scale_inv"], 4, 0)[:D], 2, 1)
+    down = tensors["m.experts.4.w2.weight"].astype(np.float32) * scale
+    np.testing.assert_array_equal(p["down"].dequantize(jnp.float32)[4].T, down)
+    assert isinstance(pack(tree["down"], p["down"]), QuantizedWeight)
+    with pytest.raises(CheckpointError, match="floats of 8 bits cannot be written"):
+        export(tmp_path, tree, p)
 
 
 def test_experts_of_gpt_oss_are_read_from_four_bits(tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ class Case:
         config: its config.json.
         shortest_prompt: in tokens.
         max_len: the context that our side is configured for; decides longrope's factors.
-        engine: `make test` also runs it stacked and through the engine, which compile for a while: one per family, or
-            one of several families that are made of the same parts.
+        engine: it is also run stacked and through the engine, which compile for a while: one for each architecture at
+            least.
     """
 
     name: str
@@ -111,6 +111,7 @@ GPT2 = {
 SEED_OSS = ("SeedOssForCausalLM", "seed_oss")
 QWEN3_NEXT = ("Qwen3NextForCausalLM", "qwen3_next")
 QWEN3_5 = ("Qwen3_5ForCausalLM", "qwen3_5_text")
+QWEN3_5_MOE = ("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text")
 FALCON_H1 = ("FalconH1ForCausalLM", "falcon_h1")
 GRANITE_HYBRID = ("GraniteMoeHybridForCausalLM", "granitemoehybrid")
 NEMOTRON_H = ("NemotronHForCausalLM", "nemotron_h")
@@ -805,6 +806,7 @@ CASES = (
     ),
     Case(
         name="qwen3_5",
+        engine=True,
         config=_v5(
             *QWEN3_5,
             **DELTA_NET,
@@ -814,7 +816,23 @@ CASES = (
         ),
     ),
     Case(
+        name="qwen3_5_moe",
+        engine=True,
+        config=_v5(
+            *QWEN3_5_MOE,
+            **DELTA_NET,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+            head_dim=16,
+            moe_intermediate_size=20,
+            shared_expert_intermediate_size=28,
+            num_experts=7,
+            num_experts_per_tok=3,
+            rope_parameters=_rope(theta=1e6, partial_rotary_factor=0.25, mrope_section=[1, 1, 0]),
+        ),
+    ),
+    Case(
         name="falcon_h1",
+        engine=True,
         config=_v5(
             *FALCON_H1,
             **MAMBA,
@@ -892,6 +910,7 @@ CASES = (
     ),
     Case(
         name="nemotron_h",
+        engine=True,
         config=_v5(
             *NEMOTRON_H,
             layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"],
@@ -925,7 +944,54 @@ CASES = (
         ),
     ),
     Case(
+        name="nemotron_h-experts",
+        engine=True,
+        config=_v5(
+            *NEMOTRON_H,
+            layers_block_type=["linear_attention", "moe", "full_attention", "moe"],
+            num_hidden_layers=4,
+            head_dim=12,
+            mamba_num_heads=6,
+            mamba_head_dim=7,
+            n_groups=2,
+            ssm_state_size=10,
+            conv_kernel=4,
+            chunk_size=16,
+            layer_norm_epsilon=1e-3,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=20,
+            moe_shared_expert_intermediate_size=28,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.5,
+        ),
+    ),
+    Case(
+        name="nemotron_h-narrowed-experts-v4",
+        config=_v4(
+            *NEMOTRON_H,
+            hybrid_override_pattern="EM*E-",
+            num_hidden_layers=5,
+            head_dim=12,
+            mamba_num_heads=4,
+            mamba_head_dim=9,
+            n_groups=2,
+            ssm_state_size=6,
+            conv_kernel=4,
+            mlp_bias=True,
+            layer_norm_epsilon=1e-3,
+            n_routed_experts=7,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+            moe_intermediate_size=20,
+            moe_latent_size=28,
+            moe_shared_expert_intermediate_size=36,
+        ),
+    ),
+    Case(
         name="deepseek_v2",
+        engine=True,
         config=_v5(
             *DEEPSEEK_V2,
             **LATENT,
@@ -1037,6 +1103,7 @@ CASES = (
     ),
     Case(
         name="qwen3_moe",
+        engine=True,
         config=_v5(
             *QWEN3_MOE,
             num_hidden_layers=4,
@@ -1088,6 +1155,7 @@ CASES = (
     ),
     Case(
         name="qwen2_moe-sliding",
+        engine=True,
         config=_v5(
             *QWEN2_MOE,
             head_dim=12,
@@ -1105,6 +1173,7 @@ CASES = (
     ),
     Case(
         name="olmoe",
+        engine=True,
         config=_v5(
             *OLMOE,
             intermediate_size=20,
@@ -1175,6 +1244,7 @@ CASES = (
     ),
     Case(
         name="minimax_m2",
+        engine=True,
         config=_v5(
             *MINIMAX_M2,
             intermediate_size=20,

@@ -33,7 +33,7 @@ BLOCKS = {  # what each stands for
     "gemma3n": "shared caches, inputs of layers",
     "qwen3_next": "Gated DeltaNet, a shared expert",
     "falcon_h1": "Mamba 2 beside attention",
-    "nemotron_h": "layers of one part each",
+    "nemotron_h-experts": "layers of one part each, plain experts",
     "deepseek_v3": "latents, groups of experts",
     "gpt_oss": "sinks, fused experts",
     "llama4": "chunks, experts weighed on their input",

@@ -8,10 +8,12 @@ Dims: N rows, one per output; D inputs; G groups of D / G inputs; C numbers that
 
 from dataclasses import dataclass, replace
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Float32, Integer
 from numpy.typing import DTypeLike
 
+_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 ROWS = 16  # that are computed or turned at a time: few enough to stay in the cache
 
 
@@ -26,6 +28,7 @@ class Affine:
         bits: how many bits the largest code needs.
         packed: the codes are of 4 bits, two to a byte with the even input in the low half, and unsigned: around 8 where
             there are no minima.
+        floats: the codes are floats of 8 bits (e4m3), as the bytes that they are.
     """
 
     codes: Integer[np.ndarray, "*N C"]
@@ -33,6 +36,7 @@ class Affine:
     minima: Float32[np.ndarray, "*N G"] | None
     bits: int
     packed: bool = False
+    floats: bool = False
 
     @property
     def inputs(self) -> int:
@@ -58,6 +62,7 @@ class Affine:
         out = empty_columns((len(codes), self.inputs), dtype)
         for rows in blocks_of(len(codes)):
             part = unpack_nibbles(codes[rows]) if self.packed else codes[rows]
+            part = _E4M3[part] if self.floats else part
             grouped = part.reshape(-1, scales.shape[1], self.group).astype(np.float32)
             with np.errstate(invalid="ignore", over="ignore"):
                 if self.packed and minima is None:

@@ -32,7 +32,9 @@ MAX_SHARED = 128  # inputs whose activations share a scale, at most
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["codes", "scales", "mins"], meta_fields=["bits", "zero", "dims"]
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scales", "mins"],
+    meta_fields=["bits", "zero", "dims", "floats"],
 )
 @dataclass(frozen=True, kw_only=True)
 class QuantizedWeight:
@@ -47,6 +49,7 @@ class QuantizedWeight:
         bits: 8 or 4.
         zero: the code of 0 where there are no mins.
         dims: the output dims, whose product is N.
+        floats: the codes are floats of 8 bits (e4m3), as the bytes that they are, and `zero` is 0.
     """
 
     codes: Any  # not always arrays: jax also puts shapes and shardings into these places
@@ -55,6 +58,7 @@ class QuantizedWeight:
     bits: int
     zero: int
     dims: tuple[int, ...]
+    floats: bool = False
 
     @property
     def inputs(self) -> int:
@@ -74,7 +78,9 @@ class QuantizedWeight:
     def dequantize(self, dtype: DTypeLike) -> Float[Array, "*E D N"]:
         """The weights as numbers."""
         *leading, _, N = self.codes.shape
-        codes = self.unpacked().astype(jnp.float32).reshape(*leading, -1, self.group, N)
+        codes = self.unpacked()
+        codes = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn) if self.floats else codes
+        codes = codes.astype(jnp.float32).reshape(*leading, -1, self.group, N)
         if self.mins is None:
             values = (codes - self.zero) * self.scales[..., None, :]
         else:
@@ -247,7 +253,10 @@ def native_products(
 
 
 def packs(weight: QuantizedWeight) -> bool:
-    """Whether the native operations have the weight's groups: of a multiple of 8 inputs, and above 128 of 128."""
+    """Whether the native operations have its codes, which are no floats, and its groups: of a multiple of 8 inputs, and
+    above 128 of 128."""
+    if weight.floats:
+        return False
     return weight.scales.shape[-2] == 1 or weight.group % (8 if weight.group <= MAX_SHARED else MAX_SHARED) == 0
 
 

@@ -26,6 +26,7 @@ FAMILIES = {
     "LlamaForCausalLM": "llama",
     "MiniMaxM2ForCausalLM": "minimax_m2",
     "Ministral3ForCausalLM": "ministral3",
+    "Mistral3ForConditionalGeneration": "ministral3",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
     "NemotronHForCausalLM": "nemotron_h",

@@ -71,7 +71,6 @@ _ASKED: tuple[Mapping[str, Any], ...] = (
         "max_window_layers": 1,
         "no_rope_layers": [1, 0] * (_LAYERS // 2),
     },
-    {"hybrid_override_pattern": "M*-"},
     {"layer_types": ["linear_attention"] * (_LAYERS - 1) + ["full_attention"]},
     {"layer_types": ["sliding_attention"] * (_LAYERS - 2) + ["full_attention"] * 2, "num_kv_shared_layers": 1},
 )

@@ -23,6 +23,7 @@ from tenfold.nn.hf_config import HFConfig
 from tenfold.nn.layers import rotate
 from tenfold.nn.mlp import mlp_params
 from tenfold.nn.moe import Router
+from tenfold.nn.multimodal import text_config
 from tenfold.nn.param import Param, Tree, param
 from tenfold.nn.rope import Rope
 from tenfold.nn.stack import run_layers
@@ -67,10 +68,8 @@ class Config:
     def from_hf(cls, hf: HFConfig) -> "Config":
         """Reads `config.json`. Raises ConfigError or UnsupportedModelError, naming the key."""
         at = "language_model." if hf.get("text_config") else ""
-        hf = hf.get("text_config") or hf
-        hf_config.refuse_unknown_modes(hf)
+        hf = {"head_dim": 128, **text_config(hf)}
         hf_config.refuse(hf, hidden_act="silu")
-        hf = {"head_dim": 128, **hf}
         L, experts = (
             hf_config.require(hf, "num_hidden_layers"),
             hf_config.read_num_experts(hf, "num_local_experts", default=16),

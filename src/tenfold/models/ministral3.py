@@ -1,5 +1,8 @@
 """Ministral 3 (Mistral AI, 2025): Mistral with yarn, and queries that grow with their position.
 
+Of checkpoints with a vision tower the text part is read. That of Mistral Small 3.1 and 3.2 is Mistral, which has the
+same layers.
+
 Dims: T packed tokens, V vocabulary, D width, F feed-forward width, L layers, H query heads, J key-value heads,
 K head dim.
 """
@@ -21,6 +24,7 @@ from tenfold.nn.embedding import embed, embedding_params, unembed
 from tenfold.nn.hf_config import HFConfig
 from tenfold.nn.layers import rotate
 from tenfold.nn.mlp import gated_mlp, mlp_params
+from tenfold.nn.multimodal import TOWERS, text_config, text_params
 from tenfold.nn.param import Param, Tree, param
 from tenfold.nn.rope import Rope
 from tenfold.nn.stack import run_layers
@@ -61,6 +65,7 @@ class Config:
     @classmethod
     def from_hf(cls, hf: HFConfig) -> "Config":
         """Reads `config.json`. Raises ConfigError or UnsupportedModelError, naming the key."""
+        hf = text_config(hf)
         hf_config.refuse(hf, layer_types=None)
         rotates = any(hf.get(key) for key in ("rope_parameters", "rope_scaling", "rope_theta"))
         hf = {"head_dim": 128, **hf, **({} if rotates else {"rope_parameters": ROPE})}
@@ -95,11 +100,17 @@ def cache_specs(c: Config) -> tuple[CacheSpec, ...]:
 
 def params(c: Config) -> Tree:
     """The declaration of every weight, unstacked."""
-    return {
+    declared = {
         **embedding_params(c.V, c.D, tied=c.tied),
         "layers": [_layer(c, f"model.layers.{i}") for i in range(c.L)],
         "norm": param((c.D,), "embed", "model.norm.weight", init="ones"),
     }
+    return text_params(declared)
+
+
+def skipped(c: Config) -> tuple[str, ...]:
+    """Other modalities."""
+    return TOWERS
 
 
 def _layer(c: Config, at: str) -> dict[str, Param]:

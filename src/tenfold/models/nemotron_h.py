@@ -1,7 +1,10 @@
-"""Nemotron H (NVIDIA, 2025): layers of one part each, Mamba 2, attention without rotation, or a feed-forward.
+"""Nemotron H and Nemotron 3 (NVIDIA, 2025): layers of one part each, Mamba 2, attention without rotation, a plain
+feed-forward, or a mixture of plain experts.
 
 Dims: T packed tokens, V vocabulary, D width, F feed-forward width, L layers, H query heads, J key-value heads,
-K head dim.
+K head dim, E experts, W feed-forward width of one, S of the one that every token has, N what experts see of a token.
+
+The layers that predict tokens further ahead are not read.
 """
 
 from collections.abc import Sequence
@@ -11,21 +14,23 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from tenfold.base.errors import UnsupportedModelError
 from tenfold.kernels.attention import Attend, AttentionSpec, Heads
 from tenfold.kernels.norm import rms_norm
 from tenfold.kernels.recurrence import RecurrenceSpec
-from tenfold.nn import attention, hf_config
+from tenfold.nn import attention, hf_config, moe
 from tenfold.nn.attention import attention_params
 from tenfold.nn.cache import CacheSpec, KeyValueSpec
 from tenfold.nn.embedding import embed, unembed
 from tenfold.nn.hf_config import HFConfig
-from tenfold.nn.layers import activation, project
+from tenfold.nn.layers import activation
 from tenfold.nn.mamba import MambaSizes, mamba, mamba_params
+from tenfold.nn.mlp import plain_mlp, plain_mlp_params
+from tenfold.nn.moe import Router
 from tenfold.nn.param import Param, Tree, param
 from tenfold.nn.stack import run_layers
 
 PATTERN = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+DEFAULT = "ME*-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,8 @@ class Config:
     """The architecture of one Nemotron H checkpoint; letters as in the module's legend.
 
     Attributes:
-        types: of each layer: "linear_attention", "full_attention" or "mlp".
+        types: of each layer: "linear_attention", "full_attention", "mlp" or "moe".
+        N: None where experts see the whole token.
     """
 
     V: int
@@ -45,6 +51,11 @@ class Config:
     max_len: int
     types: tuple[str, ...]
     mamba: MambaSizes
+    E: int
+    W: int
+    S: int
+    N: int | None
+    router: Router
     eps: float = 1e-5
     act: str = "relu2"
     mlp_bias: bool = False
@@ -58,7 +69,7 @@ class Config:
     def from_hf(cls, hf: HFConfig) -> "Config":
         """Reads `config.json`. Raises ConfigError or UnsupportedModelError, naming the key."""
         hf_config.refuse(hf, sliding_window=None, attention_bias=False, residual_in_fp32=False)
-        D = hf_config.require(hf, "hidden_size")
+        D, experts = hf_config.require(hf, "hidden_size"), hf_config.read_num_experts(hf, "n_routed_experts", default=8)
         return cls(
             V=hf_config.require(hf, "vocab_size"),
             D=D,
@@ -69,6 +80,18 @@ class Config:
             max_len=hf_config.require(hf, "max_position_embeddings"),
             types=_read_types(hf),
             mamba=_read_mamba(hf, D),
+            E=experts,
+            W=hf.get("moe_intermediate_size", 7688),
+            S=hf.get("moe_shared_expert_intermediate_size", 7688),
+            N=hf.get("moe_latent_size"),
+            router=Router(
+                top_k=hf_config.read_top_k(hf, experts, default=2),
+                score="sigmoid",
+                renormalize=bool(hf.get("norm_topk_prob", True)),
+                scale=float(hf.get("routed_scaling_factor", 1.0)),
+                groups=hf.get("n_group", 1),
+                top_groups=hf.get("topk_group", 1),
+            ),
             eps=float(hf.get("layer_norm_epsilon", 1e-5)),
             act=hf_config.read_activation(hf, "mlp_hidden_act", default="relu2"),
             mlp_bias=bool(hf.get("mlp_bias", False)),
@@ -78,16 +101,10 @@ class Config:
 
 def _read_types(hf: HFConfig) -> tuple[str, ...]:
     """What each layer is. transformers 4 writes a letter for each, as `hybrid_override_pattern`."""
-    given = (
-        hf.get("layer_types")
-        or hf.get("layers_block_type")
-        or [PATTERN.get(letter, letter) for letter in hf.get("hybrid_override_pattern") or ""]
-    )
+    given = hf.get("layer_types") or hf.get("layers_block_type")
+    given = given or [PATTERN.get(letter, letter) for letter in hf.get("hybrid_override_pattern") or DEFAULT]
     types = hf_config.read_hybrid_types({"layer_types": given}, len(given), tuple(PATTERN.values()))
-    if types is None or "moe" in types:
-        raise UnsupportedModelError(
-            "config.json asks for layers of experts (moe), which are not implemented for nemotron_h"
-        )
+    assert types is not None, "of a list that is not empty"
     return types
 
 
@@ -121,6 +138,11 @@ def cache_specs(c: Config) -> tuple[CacheSpec | tuple[CacheSpec, ...], ...]:
     return tuple(specs.get(kind, ()) for kind in c.types)
 
 
+def skipped(c: Config) -> tuple[str, ...]:
+    """Layers that predict tokens further ahead."""
+    return ("mtp.*",)
+
+
 def params(c: Config) -> Tree:
     """The declaration of every weight, unstacked."""
     embedding, head = "backbone.embeddings.weight", "lm_head.weight"
@@ -136,20 +158,29 @@ def params(c: Config) -> Tree:
     }
 
 
-def _layer(c: Config, at: str, kind: str) -> dict[str, Param]:
+def _layer(c: Config, at: str, kind: str) -> Tree:
     norm = {"pre_norm": param((c.D,), "embed", f"{at}.norm.weight", init="ones")}
     if kind == "linear_attention":
         return norm | mamba_params(f"{at}.mixer", c.mamba)
     if kind == "full_attention":
         return norm | attention_params(f"{at}.mixer", c.D, c.H, c.J, c.K)
+    return norm | (_experts(c, f"{at}.mixer") if kind == "moe" else _mlp(c, f"{at}.mixer", c.F))
+
+
+def _mlp(c: Config, at: str, width: int) -> dict[str, Param]:
+    return plain_mlp_params(f"{at}.up_proj", f"{at}.down_proj", c.D, width, bias=c.mlp_bias)
+
+
+def _experts(c: Config, at: str) -> Tree:
     declared = {
-        "up": param((c.D, c.F), "embed mlp", f"{at}.mixer.up_proj.weight", "F D -> D F", inputs="embed"),
-        "down": param((c.F, c.D), "mlp embed", f"{at}.mixer.down_proj.weight", "D F -> F D", inputs="mlp"),
+        **moe.router_params(f"{at}.gate", c.D, c.E, choice_bias=f"{at}.gate.e_score_correction_bias"),
+        **moe.expert_params(f"{at}.experts", c.N or c.D, c.W, c.E, names=("up_proj", "down_proj")),
+        "shared": _mlp(c, f"{at}.shared_experts", c.S),
     }
-    if c.mlp_bias:
-        declared["up_bias"] = param((c.F,), "mlp", f"{at}.mixer.up_proj.bias", init="zeros")
-        declared["down_bias"] = param((c.D,), "embed", f"{at}.mixer.down_proj.bias", init="zeros")
-    return norm | declared
+    if c.N:
+        names = f"{at}.fc1_latent_proj", f"{at}.fc2_latent_proj"
+        declared |= moe.narrowing_params(*names, c.D, c.N, bias=c.mlp_bias)
+    return declared
 
 
 def forward(
@@ -172,8 +203,10 @@ def forward(
         elif kind is not None:
             h, cache = attend(Heads(*attention.qkv(h, w)), cache, kind)
             h = attention.output(h, w)
+        elif "router" in w:
+            h = moe.mixture(h, w, c.router, activation(c.act))
         else:
-            h = project(activation(c.act)(project(h, w["up"], w.get("up_bias"))), w["down"], w.get("down_bias"))
+            h = plain_mlp(h, w, c.act)
         return x + h, cache
 
     x, caches = run_layers(block, p["layers"], kinds(c), embed(p["embed"], tokens, p["norm"].dtype), caches)

@@ -27,6 +27,7 @@ from tenfold.nn.hf_config import HFConfig
 from tenfold.nn.layers import project_all, rotate
 from tenfold.nn.mlp import mlp_params
 from tenfold.nn.moe import Router
+from tenfold.nn.multimodal import text_config
 from tenfold.nn.param import Param, Tree, param
 from tenfold.nn.rope import Rope
 from tenfold.nn.stack import run_layers
@@ -60,11 +61,12 @@ class Config:
     @classmethod
     def from_hf(cls, hf: HFConfig) -> "Config":
         """Reads `config.json`. Raises ConfigError or UnsupportedModelError, naming the key."""
-        prefix = "model.language_model" if "text_config" in hf else "model"
-        hf = {"head_dim": 256, "partial_rotary_factor": 0.25, **hf, **hf.get("text_config", {})}
+        prefix = "model.language_model" if hf.get("text_config") else "model"
+        mixtures = "moe" in str(hf.get("model_type"))
+        hf = {"head_dim": 256, "partial_rotary_factor": 0.25, **text_config(hf)}
         hf_config.refuse(hf, attn_output_gate=True)
         layers = hf_config.require(hf, "num_hidden_layers")
-        experts = hf.get("num_experts", 256) if "moe" in str(hf.get("model_type")) else 0
+        experts = hf.get("num_experts", 256) if mixtures else 0
         every = hf.get("full_attention_interval", 4)
         types = hf_config.read_hybrid_types(hf, layers)
         if types is None:
@@ -122,12 +124,18 @@ def _layer(c: Config, at: str, recurrent: bool) -> Tree:
 
 
 def _experts(c: Config, at: str) -> Tree:
-    gate_up, down = f"{at}.experts.gate_up_proj", f"{at}.experts.down_proj"
-    layout = "E (two F) D -> E D two F"
+    if c.prefix == "model":  # text alone, which transformers writes expert by expert
+        experts = moe.expert_params(f"{at}.experts", c.D, c.W, c.E)
+    else:
+        gate_up, down = f"{at}.experts.gate_up_proj", f"{at}.experts.down_proj"
+        layout = "E (two F) D -> E D two F"
+        experts = {
+            "gate_up": param((c.E, c.D, 2, c.W), "experts embed gates mlp", gate_up, layout, inputs="embed"),
+            "down": param((c.E, c.W, c.D), "experts mlp embed", down, "E D F -> E F D", inputs="mlp"),
+        }
     return {
         **moe.router_params(f"{at}.gate", c.D, c.E),
-        "gate_up": param((c.E, c.D, 2, c.W), "experts embed gates mlp", gate_up, layout, inputs="embed"),
-        "down": param((c.E, c.W, c.D), "experts mlp embed", down, "E D F -> E F D", inputs="mlp"),
+        **experts,
         "shared": mlp_params(f"{at}.shared_expert", c.D, c.S),
         "shared_gate": moe.shared_gate_param(f"{at}.shared_expert_gate", c.D),
     }

@@ -30,6 +30,8 @@ def pack(name: str, weights: Sequence[QuantizedWeight], dtype: np.dtype) -> dict
         CheckpointError: if the weights have minima, or the parts are not quantised alike.
     """
     first = weights[0]
+    if any(w.floats for w in weights):
+        raise CheckpointError(f"{name}: floats of 8 bits cannot be written; load them as numbers")
     if any(w.mins is not None or w.zero != 2 ** (w.bits - 1) for w in weights):
         raise CheckpointError(f"{name}: only weights that are symmetric about zero can be written")
     if len({_format(w) for w in weights}) > 1:

@@ -14,13 +14,12 @@ Dims: N outputs (the rows of a weight), D inputs, G groups of inputs that share 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
-import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Float, Float32, Int, Integer, UInt8
+from jaxtyping import Float32, Int, Integer, UInt8
 
 from tenfold.base.affine import Affine, blocks_of, empty_columns, unpack_nibbles
 from tenfold.base.errors import CheckpointError
@@ -417,21 +416,19 @@ class Float8:
             "weight_zero_point": Expected(shapes=scales, dtypes=(FLOAT8, *FLOATS), optional=True, zeros=True),
         }
 
-    def read(self, tensors: Tensors, shape: Shape, rows: slice, dtype: DTypeLike) -> Float[np.ndarray, "n D"]:
+    def read(self, tensors: Tensors, shape: Shape, rows: slice, dtype: DTypeLike) -> Affine | np.ndarray:
         N, D = shape
         given = tensors[self.scale]
         scales = self.blocks.spread(given.view(POWERS) if given.dtype == np.uint8 else given, N, D, rows)
-        group_of = np.arange(D) // (self.blocks.inputs or max(D, 1))
-        numbers = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-        codes = tensors["weight"][rows].view(np.uint8)
-        out = empty_columns(codes.shape, dtype)
-        for part in blocks_of(len(codes)):
-            wide = scales[part] if scales.shape[1] == 1 else scales[part][:, group_of]
-            out[part] = np.asarray(numbers[codes[part]] * wide, out.dtype)
-        return out
+        weight = Affine(codes=tensors["weight"][rows].view(np.uint8), scales=scales, minima=None, bits=8, floats=True)
+        if self.grid(D):
+            return weight
+        inputs = np.arange(D) // (self.blocks.inputs or max(D, 1))
+        return replace(weight, scales=scales[:, inputs]).values(dtype)
 
-    def grid(self, D: int) -> None:
-        return None
+    def grid(self, D: int) -> Grid | None:
+        inputs = self.blocks.inputs or D
+        return Grid(8, D // inputs) if inputs and D % inputs == 0 else None
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ Declarations and computation meet in a dict of weights, under these names:
 
     router              [D, E]; `router_bias` [E], which is added to the logits
     choice_bias         [E]: is added to the scores for the choice of experts alone (DeepSeek-V3)
-    gate, up, down      of every expert: [E, D, F] twice, and [E, F, D]; `gate_bias`, `up_bias` and `down_bias`
+    gate, up, down      of every expert: [E, D, F] twice, and [E, F, D]; `gate_bias`, `up_bias` and `down_bias`; plain
+                        experts have no gate
     gate_up             instead of gate and up, where a checkpoint fuses them: [E, D, 2, F]
     gate_up_pairs       likewise, but where they are interleaved: [E, D, F, 2], and `gate_up_pairs_bias`
+    narrow, widen       [D, N] and [N, D]: map tokens to what experts see, whose D is N then, and back; perhaps with
+                        `narrow_bias` and `widen_bias` (latent experts)
     shared              {gate, up, down} of an expert that every token has; `shared_gate` [D, 1] weighs it by a sigmoid
     layout              not a weight: where tokens lie, of layers that are trained on a mesh
 
@@ -40,8 +43,8 @@ from tenfold.nn.mlp import gated_mlp
 from tenfold.nn.param import Param, param, stack
 from tenfold.parallel.layout import NOWHERE, Layout, current
 
-Gating = Callable[[jax.Array, jax.Array], jax.Array]
-"""What an expert makes of x · gate and x · up."""
+Gating = Callable[..., jax.Array]
+"""What an expert makes of x · gate and x · up; a plain one of x · up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +119,8 @@ def router_params(hf: str, D: int, E: int, *, bias: bool = False, choice_bias: s
 def expert_params(
     at: str, D: int, F: int, E: int, *, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
 ) -> dict[str, Param]:
-    """Declares experts that have tensors of their own: `{at}.{expert}.{name}.weight`, names of gate, up and down."""
+    """Declares experts that have tensors of their own: `{at}.{expert}.{name}.weight`, names of gate, up and down, or of
+    up and down alone where they are plain."""
 
     def of_all(name: str, shape: tuple[int, int], axes: str, layout: str) -> Param:
         inputs = axes.split()[0]
@@ -124,12 +128,12 @@ def expert_params(
             [param(shape, axes, f"{at}.{e}.{name}.weight", layout, inputs=inputs) for e in range(E)], "experts"
         )
 
-    gate, up, down = names
-    return {
-        "gate": of_all(gate, (D, F), "embed mlp", "F D -> D F"),
-        "up": of_all(up, (D, F), "embed mlp", "F D -> D F"),
-        "down": of_all(down, (F, D), "mlp embed", "D F -> F D"),
+    *inner, down = names
+    declared = {
+        name: of_all(hf, (D, F), "embed mlp", "F D -> D F")
+        for name, hf in zip(("gate", "up")[-len(inner) :], inner, strict=True)
     }
+    return declared | {"down": of_all(down, (F, D), "mlp embed", "D F -> F D")}
 
 
 def fused_expert_params(
@@ -152,6 +156,18 @@ def fused_expert_params(
         layout = f"E ({pair}) -> E {pair}"
         declared[f"{name}_bias"] = param((E, *dims), f"experts {axes}", f"{hf}_bias", layout, init="zeros")
         declared["down_bias"] = param((E, D), "experts embed", f"{at}.down_proj_bias", init="zeros")
+    return declared
+
+
+def narrowing_params(narrow: str, widen: str, D: int, N: int, *, bias: bool = False) -> dict[str, Param]:
+    """Declares the maps to the N dims that experts see, and back; `narrow` and `widen` are their checkpoint names."""
+    declared = {
+        "narrow": param((D, N), "embed latent", f"{narrow}.weight", "N D -> D N", inputs="embed"),
+        "widen": param((N, D), "latent embed", f"{widen}.weight", "D N -> N D", inputs="latent"),
+    }
+    if bias:
+        declared["narrow_bias"] = param((N,), "latent", f"{narrow}.bias", init="zeros")
+        declared["widen_bias"] = param((D,), "embed", f"{widen}.bias", init="zeros")
     return declared
 
 
@@ -209,24 +225,27 @@ def mixture(x: Float[Array, "T D"], p: Mapping[str, Any], router: Router, gating
     Args:
         x: the tokens.
         p: the weights, as the module describes them.
-        router: how to choose.
-        gating: what an expert does between its products; the shared expert does it too.
+        router: how to choose, by the tokens as they are.
+        gating: what an expert does between its products; the shared expert, which sees them so too, does it too.
     """
     logits = matmul(x, p["router"], dtype=jnp.float32)[0]
     if "router_bias" in p:
         logits = logits + p["router_bias"].astype(jnp.float32)[None]
     routing, layout = choose(logits, router, p.get("choice_bias")), p.get("layout", NOWHERE)
+    seen = project(x, p["narrow"], p.get("narrow_bias")) if "narrow" in p else x
     if layout.size(*layout.token_axes) > 1:
-        y = _dispatch_on_mesh(x, p, routing, router, gating, layout)
+        y = _dispatch_on_mesh(seen, p, routing, router, gating, layout)
     else:
-        y = _dispatch(x, p, routing, logits.shape[1], router.on_input, gating).astype(x.dtype)
+        y = _dispatch(seen, p, routing, logits.shape[1], router.on_input, gating).astype(x.dtype)
+    y = project(y, p["widen"], p.get("widen_bias")) if "widen" in p else y
     return y + _shared(x, p, gating) if "shared" in p else y
 
 
 def _shared(x: Float[Array, "T D"], p: Mapping[str, Any], gating: Gating) -> Float[Array, "T D"]:
     """The expert that every token has."""
-    gate, up = project_all(x, (p["shared"]["gate"], None), (p["shared"]["up"], None))
-    y = project(gating(gate, up), p["shared"]["down"])
+    shared = p["shared"]
+    inner = project_all(x, *((shared[name], shared.get(f"{name}_bias")) for name in ("gate", "up") if name in shared))
+    y = project(gating(*inner), shared["down"], shared.get("down_bias"))
     return y if "shared_gate" not in p else jax.nn.sigmoid(project(x, p["shared_gate"])) * y
 
 
@@ -330,10 +349,10 @@ def _experts(
 
     if "gate_up" in p:
         [both] = products(rows, "gate_up")
-        gate, up = both[:, 0], both[:, 1]
+        inner = [both[:, 0], both[:, 1]]
     elif "gate_up_pairs" in p:
         [both] = products(rows, "gate_up_pairs")
-        gate, up = both[..., 0], both[..., 1]
+        inner = [both[..., 0], both[..., 1]]
     else:
-        gate, up = products(rows, "gate", "up")
-    return products(gating(gate, up), "down")[0]
+        inner = products(rows, *(name for name in ("gate", "up") if name in p))
+    return products(gating(*inner), "down")[0]

@@ -27,21 +27,25 @@ NARROWEST = 0.7  # of the scale that reaches the group's largest weight
 def from_affine(rows: Affine, dims: tuple[int, ...]) -> QuantizedWeight:
     """A checkpoint's rows as a weight for products, whose outputs are the rows; `dims` are the outputs'."""
     bits = 4 if rows.bits <= 4 and rows.inputs % 2 == 0 else 8  # two codes of 4 bits share a byte
-    zero = 0 if rows.minima is not None else 2 ** (bits - 1)
+    zero = 0 if rows.minima is not None or rows.floats else 2 ** (bits - 1)
     scales, mins = _turned(rows.scales), None if rows.minima is None else _turned(rows.minima)
     if rows.packed:
         return QuantizedWeight(codes=_turned(rows.codes), scales=scales, mins=mins, bits=bits, zero=zero, dims=dims)
     codes = rows.codes.view(np.uint8)
+    if rows.floats:
+        return QuantizedWeight(codes=_turned(codes), scales=scales, bits=bits, zero=zero, dims=dims, floats=True)
     return _weight(_turned(codes + np.uint8(zero) if zero else codes), scales, mins, bits, zero, dims)
 
 
 def hold(p: Param, read: Sequence[Affine | np.ndarray]) -> QuantizedWeight | None:
     """What was read of a weight, one or one per source, unrounded; None if it cannot be held in few bits.
 
-    That is so where it is not integers with scales, or where experts are quantised in different ways.
+    That is so where it is not codes with scales, or where experts are quantised in different ways; and for floats of 8
+    bits, but for experts': their products make numbers of one expert at a time, where others would of a whole weight,
+    every time.
     """
     parts = [part for part in read if isinstance(part, Affine)]
-    if len(parts) < len(read):
+    if len(parts) < len(read) or (parts[0].floats and p.experts is None):
         return None
     if p.experts is None:
         return jax.block_until_ready(from_affine(parts[0], p.output_dims))
@@ -52,7 +56,7 @@ def hold(p: Param, read: Sequence[Affine | np.ndarray]) -> QuantizedWeight | Non
 
 def stack_experts(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
     """The weights of several experts as one with a leading dim; None if they are quantised in different ways."""
-    if len({(w.bits, w.group, w.dims) for w in weights}) > 1:
+    if len({(w.bits, w.group, w.dims, w.floats) for w in weights}) > 1:
         return None
     if len({w.zero for w in weights}) > 1:  # minima can say what a zero point says
         weights = [replace(w, mins=w.scales * w.zero, zero=0) if w.mins is None else w for w in weights]

@@ -73,7 +73,8 @@ class QuantizedFormat:
         """How finely a weight is held once it is loaded; None for a plain array."""
         if not p.inputs or p.stacked:
             return None
-        return self.encodings(p, p.sources[0].name)[0].grid(p.input_size)
+        encoding = self.encodings(p, p.sources[0].name)[0]
+        return None if isinstance(encoding, Float8) and p.experts is None else encoding.grid(p.input_size)
 
 
 def read_format(config: Mapping[str, Any]) -> QuantizedFormat | None:
