@@ -2,6 +2,9 @@
 
 A random Llama of 25 M weights in float32, rows of 512 tokens, AdamW with clipping, on two threads. Each side is a
 process of its own; all train on the same tokens, and their losses of the first step must agree.
+
+Then our trainer trains the same model on the standard library's source, which is tokenised and packed meanwhile, and
+says for how much of a step it waits for its data.
 """
 
 import argparse
@@ -10,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +27,7 @@ SIDES = {
     "compiled": ROOT / ".venv-peers/bin/python",
 }
 ASKED = 1.3
+MOST_WAITED = 0.02  # of a step, for data
 THREADS = 2
 LENGTH = 512
 MODEL: dict[str, Any] = {
@@ -117,6 +122,44 @@ def torch_step(config: dict[str, Any], rows: int, weights: Path, *, compiled: bo
     return run
 
 
+def data_wait(config: dict[str, Any], rows: int, steps: int) -> float:
+    """The share of a step that the trainer waits for data that is tokenised as it trains; the mean over all but the
+    first step, which compiles and fills the buffers."""
+    import jax
+    import jax.numpy as jnp
+
+    from tenfold.base.builtin import builtin_model
+    from tenfold.data.records import open_records
+    from tenfold.data.tokenizer import Tokenizer
+    from tenfold.models.family import resolve
+    from tenfold.nn import param
+    from tenfold.train.batches import Source, encode_text, packed_batches
+    from tenfold.train.events import read_events
+    from tenfold.train.loss import full_training
+    from tenfold.train.pico.corpus import sources
+    from tenfold.train.trainer import Job, TrainConfig, train
+
+    tokenizer = Tokenizer.load(builtin_model())
+    model = resolve(config | {"vocab_size": max(config["vocab_size"], tokenizer.vocab_size)})
+    declared = model.params(stacked=True)
+    job = Job(
+        loss=full_training(model),
+        declared=declared,
+        initial=lambda: param.initialize(declared, jax.random.key(0), jnp.float32),
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        corpus = Path(directory) / "corpus.jsonl"
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in sources()), encoding="utf-8")
+        source = Source(
+            name="sources", records=open_records(corpus, {"text": str}), encode=encode_text(tokenizer, LENGTH)
+        )
+        batches = packed_batches([source], rows=rows, length=LENGTH, seed=0)
+        train(job, TrainConfig(steps=steps, plots=False), batches, Path(directory) / "run")
+        batches.close()
+        shares = [event["data_share"] for event in read_events(Path(directory) / "run") if "data_share" in event]
+    return statistics.mean(shares[1:])
+
+
 def work(side: str, config: dict[str, Any], rows: int, weights: Path) -> None:
     """Answers every line of input, a number of steps, with their seconds each and the first one's loss."""
     if side == "tenfold":
@@ -169,6 +212,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="in a turn")
     parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--data-steps", type=int, default=80, help="that waiting for data is measured over; 0 does not")
     parser.add_argument("--small", action="store_true", help="a tiny model, to see that it works")
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--weights", type=Path, default=ROOT / "build" / "bench-train")
@@ -202,6 +246,9 @@ def main() -> None:
         better = [min(others) for others in zip(*(t for name, t in times.items() if name != "tenfold"), strict=True)]
         ratio = statistics.median(theirs / ours for ours, theirs in zip(times["tenfold"], better, strict=True))
         print(f"ratio to the better one of torch: {ratio:.2f}x (asked: {ASKED}x)")
+    if args.data_steps:
+        waited = data_wait(config, args.rows, args.data_steps)
+        print(f"waiting for data: {waited:.2%} of a step (asked: below {MOST_WAITED:.0%})")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ PUBLIC_NAMES = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "_
 TRAINING_FLAGS = (
     *("--max-steps", "--optim", "--learning-rate", "--lr-scheduler-type", "--warmup-steps", "--decay-steps"),
     *("--min-lr-ratio", "--weight-decay", "--adam-beta1", "--adam-beta2", "--max-grad-norm"),
-    *("--gradient-accumulation-steps", "--dtype", "--save-steps", "--save-total-limit", "--metric-for-best-model"),
+    *("--gradient-accumulation-steps", "--dtype", "--mesh", "--remat", "--pipeline-schedule", "--pipeline-stages"),
+    *("--offload-optimizer", "--save-steps", "--save-total-limit", "--metric-for-best-model"),
     *("--checkpoint-dir", "--eval-steps", "--on-bad-step", "--loss-spike", "--report-to", "--profile"),
 )
 TUNING_FLAGS = (
-    *("--output", "--dataset", "--split", "--model", "--max-length", "--batch-size", "--seed", "--mesh"),
-    *("--lora", "--lora-r", "--lora-alpha", "--lora-target-modules", "--use-dora", "--use-rslora", "--quantization"),
+    *("--output", "--dataset", "--split", "--model", "--max-length", "--batch-size", "--seed"),
+    *("--lora", "--lora-r", "--lora-alpha", "--lora-target-modules", "--use-dora", "--use-rslora", "--lora-dropout"),
+    "--quantization",
     *TRAINING_FLAGS,
 )
 FLAGS = {
@@ -49,8 +51,7 @@ FLAGS = {
     "tenfold train": set(),
     "tenfold train pretrain": {
         *("--output", "--dataset", "--model", "--from-scratch", "--dataset-weight", "--split", "--validation"),
-        *("--text-column", "--max-length", "--batch-size", "--seed", "--mesh"),
-        *("--remat", "--pipeline-schedule", "--pipeline-stages", "--plan"),
+        *("--text-column", "--max-length", "--batch-size", "--seed", "--plan"),
         *TRAINING_FLAGS,
     },
     "tenfold train evaluate": {

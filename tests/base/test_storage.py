@@ -145,7 +145,7 @@ def test_an_interrupted_copy_resumes(s3: Server, monkeypatch: pytest.MonkeyPatch
     weights = "/bucket/models/m/model-00001-of-00002.safetensors"
     s3.files = {weights: s3.files[weights]}
     s3.break_after = 2
-    with pytest.raises(CheckpointError, match="cannot be read; check the URI and the credentials.*a download resumes"):
+    with pytest.raises(CheckpointError, match="cannot be used; check the URI and the credentials.*a download resumes"):
         storage.fetch(URI)
     parts = [path.name for path in Path(os.environ["TENFOLD_CACHE_DIR"]).rglob("*.part")]
     assert parts == ["model-00001-of-00002.safetensors.part"]

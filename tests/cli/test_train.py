@@ -42,7 +42,8 @@ def test_a_model_is_trained_by_the_options(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model" / "config.json").exists()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["optimizer"]["optimizer"] == "muon" and config["optimizer"]["max_grad_norm"] is None
-    assert (config["steps"], config["gradient_accumulation_steps"], config["dtype"]) == (3, 2, "bfloat16")
+    assert (config["steps"], config["dtype"]) == (3, "bfloat16")
+    assert (config["parallelism"]["mesh"], config["parallelism"]["micro_batches"]) == ("fsdp=2", 2)
 
 
 def test_a_step_is_planned_for_devices_that_are_not_here(tmp_path: Path) -> None:

@@ -43,14 +43,13 @@ def test_time_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         with clock.on("data"):
             now += 0.5
         now += 1.5
-        assert clock.step() == 2.0
+        assert (clock.step(), clock.waited) == (2.0, 0.5)
     with clock.on("checkpoint"):
         now += 7.0
     now += 3.0
-    assert clock.step() == 3.0
+    assert (clock.step(), clock.waited) == (3.0, 0.0)
     clock.lose(2)
     assert now == 20.0
-    assert clock.share("data") == 1.5 / 20
     assert clock.goodput == (2 + 2 + 2) / 20
 
 
@@ -73,6 +72,9 @@ def test_tensorboard_reads_what_is_reported(tmp_path: Path) -> None:
 def test_mlflow_keeps_what_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "tracked").as_uri())
+    with pytest.raises(ConfigError, match="no place to keep the run: set MLFLOW_TRACKING_URI"):
+        make_reporters(["mlflow"], tmp_path / "run")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     (reporter,) = make_reporters(["mlflow"], tmp_path / "run")
     reporter.report(1, {"loss": 0.5})
     reporter.close()

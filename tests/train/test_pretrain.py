@@ -17,9 +17,11 @@ from tenfold.data.tokenizer import Tokenizer
 from tenfold.models.family import resolve
 from tenfold.nn import checkpoint
 from tenfold.testing.tiny import write_tiny_checkpoint
+from tenfold.train.batches import WINDOW
 from tenfold.train.events import read_events
 from tenfold.train.loss import next_token_loss
 from tenfold.train.optimizers import OptimizerConfig
+from tenfold.train.parallelism import Parallelism
 from tenfold.train.pretrain import Dataset, PretrainConfig, evaluate_model, pretrain
 from tenfold.train.trainer import TrainConfig
 
@@ -94,6 +96,21 @@ def test_training_goes_on_from_a_checkpoint_s_weights(model: Path, corpus: Path,
     assert event["loss"] == pytest.approx(float(wanted), rel=1e-5)
 
 
+def test_input_never_waits(corpus: Path, tmp_path: Path) -> None:
+    """Tokenised while it trains, over more rows than are packed at a time, and of steps of a fraction of a second."""
+    write_tiny_checkpoint(tmp_path / "model", layers=4, width=128, max_len=256)
+    training = TrainConfig(steps=40, plots=False)
+    made = config(tmp_path / "model", corpus, max_length=256, batch_size=8, training=training)
+    pretrain(made, tmp_path / "run")
+    shares = [event["data_share"] for event in read_events(tmp_path / "run") if "data_share" in event]
+    assert WINDOW < 40 * 8
+    assert np.mean(shares[1:]) < 0.02  # the first one fills the buffers
+
+
+def spread(made: PretrainConfig, **parallelism: Any) -> PretrainConfig:
+    return replace(made, training=replace(made.training, parallelism=Parallelism(**parallelism)))
+
+
 def refused(made: PretrainConfig, run_dir: Path, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         pretrain(made, run_dir)
@@ -105,9 +122,10 @@ def test_what_does_not_fit_is_said_before_the_first_step(model: Path, corpus: Pa
     refused(replace(good, datasets=()), tmp_path, ConfigError, "name a dataset")
     refused(replace(good, max_length=65), tmp_path, ConfigError, "65 tokens do not fit .* longest context is 64")
     refused(replace(good, text_column="body"), tmp_path, DataError, "no column 'body'; it has text")
-    refused(replace(good, mesh="fsdp=3"), tmp_path, ConfigError, "do not divide 4 devices")
-    refused(replace(good, mesh="fsdp=4", batch_size=6), tmp_path, ConfigError, "6 rows of a batch do not divide")
-    refused(replace(good, mesh="shards=4"), tmp_path, ConfigError, "the axis 'shards'")
+    refused(spread(good, mesh="fsdp=3"), tmp_path, ConfigError, "do not divide 4 devices")
+    refused(replace(spread(good, mesh="fsdp=4"), batch_size=6), tmp_path, ConfigError, "6 rows of a batch do not div")
+    refused(spread(good, mesh="shards=4"), tmp_path, ConfigError, "the axis 'shards'")
+    refused(spread(good, schedule="1f1b"), tmp_path, ConfigError, "no pipeline to run by the schedule '1f1b'")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a"}\n{"text": 3}\n')
     refused(

@@ -19,7 +19,9 @@ from tenfold.data.packing import Rows
 from tenfold.train.batches import Batches
 from tenfold.train.events import read_events
 from tenfold.train.guard import GuardConfig
+from tenfold.train.offload import HOST_MEMORY
 from tenfold.train.optimizers import OptimizerConfig
+from tenfold.train.parallelism import Parallelism
 from tenfold.train.trainer import TrainConfig, Trained, train
 from tests.train import runs
 
@@ -148,6 +150,20 @@ def test_a_run_goes_on_on_another_mesh(tmp_path: Path) -> None:
     np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in wanted], atol=1e-5)
 
 
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_an_optimizer_on_the_host_trains_alike_and_goes_on(mesh: Any, tmp_path: Path) -> None:
+    """What is saved is the same, too: a run may go on with its optimizer's state elsewhere."""
+    offloaded = Parallelism(offload_optimizer=True)
+    run(tmp_path / "devices", 14, mesh=mesh)
+    trained = run(tmp_path / "host", 14, mesh=mesh, parallelism=offloaded)
+    assert losses(tmp_path / "host") == losses(tmp_path / "devices")
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(trained.state.opt_state)} == {HOST_MEMORY}
+    assert HOST_MEMORY not in {x.sharding.memory_kind for x in jax.tree.leaves(trained.state.trainable)}
+    process_until(tmp_path / "moved", runs.make_config(14, parallelism=offloaded), mesh, 7)
+    process_until(tmp_path / "moved", runs.make_config(14), mesh, 14)
+    assert losses(tmp_path / "moved") == losses(tmp_path / "devices")
+
+
 class Ending:
     """Batches that end a run by SIGTERM when so many are drawn: it stops at the step after."""
 
@@ -255,7 +271,7 @@ def test_evaluations_profiles_and_the_best_checkpoint(tmp_path: Path) -> None:
 
 def test_batches_that_do_not_divide_are_named_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="8 rows of a batch do not divide"):
-        run(tmp_path, gradient_accumulation_steps=3)
+        run(tmp_path, parallelism=Parallelism(micro_batches=3))
     assert read_events(tmp_path) == []
 
 

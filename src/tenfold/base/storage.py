@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
-_OBJECT_STORES = ("gs", "s3", "az")
+OBJECT_STORES = ("gs", "s3", "az")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _STREAMS = 4
 _CHUNK = 16 * 2**20  # a request must end within the client's timeout of 30 s
@@ -58,10 +58,10 @@ def fetch(
         raise CheckpointError(f"{text}: only a Hugging Face id has revisions; leave revision={revision!r} out")
     if is_path:
         return _local(text, path)
-    if scheme in _OBJECT_STORES:
+    if scheme in OBJECT_STORES:
         return _fetch_objects(text, files, progress)
     if scheme is not None:
-        known = ", ".join(f"{known}://" for known in ("file", *_OBJECT_STORES))
+        known = ", ".join(f"{known}://" for known in ("file", *OBJECT_STORES))
         raise CheckpointError(f"{text}: {scheme}:// is not supported; pass {known}, a directory or a Hugging Face id")
     return _fetch_hub(text, revision, files, progress)
 
@@ -147,7 +147,7 @@ def _fetch_objects(uri: str, files: Sequence[str], progress: bool) -> Path:
     """
     directory, _, name = uri.rpartition("/") if _is_gguf(uri) else (uri.rstrip("/"), "", "")
     files = (gguf_pattern(name),) if name else files
-    with _opened(uri, directory) as store:
+    with open_store(uri, directory) as store:
         listed = store.list_with_delimiter()["objects"]  # pyright: ignore[reportUnknownMemberType]
         wanted = [o for o in listed if matches(o["path"], files) and not matches(o["path"], SECOND_COPIES)]
         if name and name not in [o["path"] for o in wanted]:
@@ -172,9 +172,9 @@ def fetch_files(where: str, files: Sequence[str], *, progress: bool = False) -> 
         CheckpointError: if there is nothing there, or it cannot be reached.
     """
     scheme = where.partition("://")[0] if "://" in where else None
-    if scheme in _OBJECT_STORES:
+    if scheme in OBJECT_STORES:
         directory, _, name = where.rpartition("/") if Path(where).suffix else (where.rstrip("/"), "", "")
-        with _opened(where, directory) as store:
+        with open_store(where, directory) as store:
             parts: Iterable[Sequence[ObjectMeta]] = store.list()  # pyright: ignore[reportUnknownMemberType]
             listed = list(chain.from_iterable(parts))
             wanted = [o for o in listed if (o["path"] == name if name else matches(Path(o["path"]).name, files))]
@@ -188,21 +188,24 @@ def fetch_files(where: str, files: Sequence[str], *, progress: bool = False) -> 
 
 
 @contextmanager
-def _opened(uri: str, directory: str) -> "Generator[ObjectStore]":
-    """The store of a URI's directory; what goes wrong with it is a CheckpointError that names the URI."""
+def open_store(uri: str, directory: str | None = None) -> "Generator[ObjectStore]":
+    """The store of a directory, of a URI or given by one of its own; what goes wrong with it is a CheckpointError that
+    names the URI."""
     try:
         import obstore.exceptions  # noqa: PLC0415 -- an extra
         import obstore.store  # noqa: PLC0415
     except ImportError:
         raise CheckpointError(f"{uri}: object stores need an extra package: pip install 'tenfold[cloud]'") from None
     try:
-        yield obstore.store.from_url(directory, retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)})
+        yield obstore.store.from_url(
+            directory or uri, retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
+        )
     except obstore.exceptions.PreconditionError:
         raise CheckpointError(f"{uri} changed while it was being downloaded; start again") from None
     except (obstore.exceptions.BaseError, OSError, ValueError) as error:
         reason = str(error).partition("\n\nDebug source")[0]
         raise CheckpointError(
-            f"{uri} cannot be read; check the URI and the credentials, then start again (a download resumes): {reason}"
+            f"{uri} cannot be used; check the URI and the credentials, then start again (a download resumes): {reason}"
         ) from error
 
 

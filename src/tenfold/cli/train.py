@@ -44,10 +44,6 @@ def pretrain(
     max_length: options.MaxLength = "1024",
     batch_size: options.BatchSize = 8,
     seed: options.Seed = 0,
-    mesh: options.Mesh = "",
-    remat: options.RematName = options.Remat.NONE,
-    pipeline_schedule: options.ScheduleName = options.PipelineSchedule.GPIPE,
-    pipeline_stages: options.Stages = 1,
     plan: options.Plan = False,
 ) -> None:
     """Train on documents: next-token prediction, from a checkpoint or from random weights."""
@@ -66,10 +62,6 @@ def pretrain(
         max_length=parse_count(max_length),
         batch_size=batch_size,
         seed=seed,
-        mesh=mesh,
-        remat=remat.value,
-        schedule=pipeline_schedule.value,
-        stages=pipeline_stages,
         training=training,
     )
     if plan:

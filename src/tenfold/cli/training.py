@@ -15,6 +15,7 @@ import typer
 from tenfold.base.errors import ConfigError
 
 if TYPE_CHECKING:
+    from tenfold.train.parallelism import Parallelism
     from tenfold.train.trainer import TrainConfig, Trained
 
 _DATA, _OPTIMIZER, _RUN = "Data", "Optimizer", "Run"
@@ -146,6 +147,12 @@ Stages = Annotated[
         "--pipeline-stages", min=1, help="Of each device; two or more with interleaved.", rich_help_panel=_RUN
     ),
 ]
+OffloadOptimizer = Annotated[
+    bool,
+    typer.Option(
+        "--offload-optimizer", help="Keep the optimizer's state on the host between steps.", rich_help_panel=_RUN
+    ),
+]
 Plan = Annotated[
     bool, typer.Option("--plan", help="Say what a step takes of each device, and stop.", rich_help_panel=_RUN)
 ]
@@ -160,7 +167,8 @@ BestMetric = Annotated[
     ),
 ]
 CheckpointDir = Annotated[
-    str | None, typer.Option(help="Where, if not in --output; may be a gs:// URI.", rich_help_panel=_RUN)
+    str | None,
+    typer.Option(help="Where, if not in --output; also a file://, gs://, s3:// or az:// URI.", rich_help_panel=_RUN),
 ]
 EvalSteps = Annotated[int, typer.Option(min=1, help="Steps between evaluations.", rich_help_panel=_RUN)]
 BadStep = Annotated[
@@ -179,7 +187,29 @@ Profile = Annotated[
 ]
 
 
+def parallelism_config(
+    mesh: Mesh = "",
+    gradient_accumulation_steps: Accumulation = 1,
+    remat: RematName = Remat.NONE,
+    pipeline_schedule: ScheduleName = PipelineSchedule.GPIPE,
+    pipeline_stages: Stages = 1,
+    offload_optimizer: OffloadOptimizer = False,
+) -> "Parallelism":
+    """How the run is spread that the shared options describe."""
+    from tenfold.train.parallelism import Parallelism
+
+    return Parallelism(
+        mesh=mesh,
+        remat=remat.value,
+        schedule=str(pipeline_schedule),
+        stages=pipeline_stages,
+        micro_batches=gradient_accumulation_steps,
+        offload_optimizer=offload_optimizer,
+    )
+
+
 def train_config(
+    parallelism: "Parallelism",
     max_steps: MaxSteps = 1000,
     optim: OptimName = Optim.ADAMW,
     learning_rate: LearningRate = 3e-4,
@@ -191,7 +221,6 @@ def train_config(
     adam_beta1: AdamBeta1 = 0.9,
     adam_beta2: AdamBeta2 = 0.95,
     max_grad_norm: MaxGradNorm = 1.0,
-    gradient_accumulation_steps: Accumulation = 1,
     dtype: DtypeName = Dtype.FLOAT32,
     save_steps: SaveSteps = 500,
     save_total_limit: SaveTotalLimit = 3,
@@ -223,7 +252,7 @@ def train_config(
             b2=adam_beta2,
             max_grad_norm=max_grad_norm or None,
         ),
-        gradient_accumulation_steps=gradient_accumulation_steps,
+        parallelism=parallelism,
         dtype=str(dtype),
         eval_steps=eval_steps,
         checkpoints=CheckpointConfig(
@@ -237,15 +266,21 @@ def train_config(
 
 
 def trains(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command the options of `train_config` besides its own; it takes what comes of them as `training`.
+    """Gives a command the options of `parallelism_config` and `train_config` besides its own; it takes what comes of
+    them as `training`.
 
     Args:
         defaults: of this command, where they are others, by the options' names.
     """
-    shared = [
-        p.replace(default=defaults.get(p.name, p.default), kind=p.KEYWORD_ONLY)
-        for p in inspect.signature(train_config).parameters.values()
-    ]
+    spread, run_options = (
+        [
+            p.replace(default=defaults.get(p.name, p.default), kind=p.KEYWORD_ONLY)
+            for p in inspect.signature(config).parameters.values()
+            if p.name != "parallelism"
+        ]
+        for config in (parallelism_config, train_config)
+    )
+    shared = [*run_options, *spread]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [
@@ -255,7 +290,8 @@ def trains(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., Non
         ]
 
         def run(**given: Any) -> None:
-            training = train_config(**{p.name: given.pop(p.name) for p in shared})
+            parallelism = parallelism_config(**{p.name: given.pop(p.name) for p in spread})
+            training = train_config(parallelism, **{p.name: given.pop(p.name) for p in run_options})
             command(**given, training=training)
 
         made: Any = functools.update_wrapper(run, command)

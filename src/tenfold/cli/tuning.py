@@ -67,6 +67,10 @@ UseDora = Annotated[
     bool, typer.Option("--use-dora", help="Train the lengths of outputs, too.", rich_help_panel=_ADAPTERS)
 ]
 UseRslora = Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / √rank.", rich_help_panel=_ADAPTERS)]
+LoraDropout = Annotated[
+    float,
+    typer.Option("--lora-dropout", help="Share of their inputs that they do not see.", rich_help_panel=_ADAPTERS),
+]
 QuantizationName = Annotated[
     Quantization | None,
     typer.Option("--quantization", help="Round the weights under adapters (QLoRA).", rich_help_panel=_ADAPTERS),
@@ -79,13 +83,13 @@ def tuning_config(
     max_length: options.MaxLength = "1024",
     batch_size: options.BatchSize = 8,
     seed: options.Seed = 0,
-    mesh: options.Mesh = "",
     lora: Lora = False,
     lora_r: LoraR = 8,
     lora_alpha: LoraAlpha = 16.0,
     lora_target_modules: LoraTargets = None,
     use_dora: UseDora = False,
     use_rslora: UseRslora = False,
+    lora_dropout: LoraDropout = 0.0,
     quantization: QuantizationName = None,
 ) -> "TuningConfig":
     """What the shared options describe."""
@@ -93,14 +97,17 @@ def tuning_config(
     from tenfold.nn.lora import LoraConfig
     from tenfold.train.adapters import TuningConfig
 
-    if not lora and (lora_target_modules or use_dora or use_rslora):
-        raise ConfigError("--lora-target-modules, --use-dora and --use-rslora say how to adapt: add --lora")
+    if not lora and (lora_target_modules or use_dora or use_rslora or lora_dropout):
+        raise ConfigError(
+            "--lora-target-modules, --lora-dropout, --use-dora and --use-rslora say how to adapt: add --lora"
+        )
     adapters = LoraConfig(
         r=lora_r,
         lora_alpha=lora_alpha,
         target_modules=tuple(lora_target_modules) if lora_target_modules else None,
         use_dora=use_dora,
         use_rslora=use_rslora,
+        lora_dropout=lora_dropout,
     )
     return TuningConfig(
         model=model,
@@ -109,7 +116,6 @@ def tuning_config(
         max_length=parse_count(max_length),
         batch_size=batch_size,
         seed=seed,
-        mesh=mesh,
         training=training,
     )
 

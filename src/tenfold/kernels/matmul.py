@@ -139,7 +139,11 @@ class ObservedWeight:
     dims: tuple[int, ...]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b", "magnitude"], meta_fields=["scale"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["base", "a", "b", "magnitude", "key"],
+    meta_fields=["scale", "dropout"],
+)
 @dataclass(frozen=True, kw_only=True)
 class AdaptedWeight:
     """weight = base + scale · a · b (LoRA: Hu et al., 2021), whose outputs may each be given a length of their own
@@ -154,6 +158,9 @@ class AdaptedWeight:
         b: [r, O...], whose trailing dims are those of the outputs.
         magnitude: [O...], or None.
         scale: of what is added.
+        dropout: the share of the inputs that what is trained does not see, where there is a key; the others are scaled
+            up by as much.
+        key: says which; None drops none.
     """
 
     base: Any
@@ -161,6 +168,8 @@ class AdaptedWeight:
     b: Any
     magnitude: Any = None
     scale: float
+    dropout: float = 0.0
+    key: Any = None
 
     def matrices(self, inputs: int, dtype: DTypeLike) -> tuple[Float[Array, "D r"], Float[Array, "r N"]]:
         """a and b as matrices, for so many inputs."""
@@ -204,8 +213,20 @@ def reference(x: Float[Array, "M D"], weight: Weight, dtype: DTypeLike | None = 
 def _adapted_product(x: jax.Array, weight: AdaptedWeight, dtype: DTypeLike | None) -> jax.Array:
     (y,) = matmul(x, weight.base, dtype=dtype)
     a, b = weight.matrices(x.shape[1], x.dtype)
-    y = y + weight.scale * jnp.matmul(jnp.matmul(x, a), b).astype(y.dtype)
-    return y if weight.magnitude is None else y * weight.factors(x.shape[1]).astype(y.dtype)
+    seen = x if weight.key is None else _dropped(x, weight.key, weight.dropout)
+    added = weight.scale * jnp.matmul(jnp.matmul(seen, a), b).astype(y.dtype)
+    if weight.magnitude is None:
+        return y + added
+    factors = weight.factors(x.shape[1]).astype(y.dtype)
+    if weight.key is None:
+        return (y + added) * factors
+    (of_seen,) = matmul(seen, weight.base, dtype=dtype)  # what is trained of an output is all of its length, as in PEFT
+    return y + (factors - 1) * of_seen + factors * added
+
+
+def _dropped(x: jax.Array, key: jax.Array, share: float) -> jax.Array:
+    """x with a share of its numbers zero, and the others as much larger (Srivastava et al., 2014)."""
+    return jnp.where(jax.random.bernoulli(key, 1 - share, x.shape), x / (1 - share), 0).astype(x.dtype)
 
 
 def matmul(x: Float[Array, "M D"], *weights: Weight, dtype: DTypeLike | None = None) -> tuple[Float[Array, "M _"], ...]:

@@ -30,7 +30,6 @@ _WITHOUT_EFFECT = frozenset(
         "base_model_name_or_path",
         "fan_in_fan_out",  # the layout of the base's weights, which our declaration knows
         "inference_mode",
-        "lora_dropout",  # while training only
         "megatron_core",
         "peft_version",
         "qalora_group_size",
@@ -50,7 +49,7 @@ def read_config(path: Path) -> LoraConfig:
         UnsupportedModelError: if it asks for what is not implemented; names the keys.
     """
     config = read_adapter_config(path)
-    known = {"r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora"}
+    known = {"r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora", "lora_dropout"}
     lacking = [
         f"{key} = {value!r}"
         for key, value in config.items()
@@ -69,6 +68,7 @@ def read_config(path: Path) -> LoraConfig:
             exclude_modules=_names(config.get("exclude_modules")),
             use_rslora=bool(config.get("use_rslora")),
             use_dora=bool(config.get("use_dora")),
+            lora_dropout=float(config.get("lora_dropout") or 0.0),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / ADAPTER_CONFIG} is damaged: {error!r}") from None
@@ -113,7 +113,7 @@ def save(path: Path, tree: Tree, adapters: Tree, config: LoraConfig, *, base: st
         "fan_in_fan_out": _transposed(tree, config),
         "inference_mode": True,
         "lora_alpha": int(config.lora_alpha) if config.lora_alpha == int(config.lora_alpha) else config.lora_alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": config.lora_dropout,
         "peft_type": "LORA",
         "r": config.r,
         "target_modules": _module_names(tree, config),

@@ -42,6 +42,7 @@ class LoraConfig:
         exclude_modules: names, or one regular expression, of modules that are left out.
         use_rslora: scaled by lora_alpha / √r instead (Kalajdzievski, 2023).
         use_dora: each output has a length that is trained too.
+        lora_dropout: the share of their inputs that adapters do not see in a step of training.
     """
 
     r: int = 8
@@ -50,10 +51,13 @@ class LoraConfig:
     exclude_modules: tuple[str, ...] | str | None = None
     use_rslora: bool = False
     use_dora: bool = False
+    lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ConfigError(f"the rank r of adapters must be at least 1; it is {self.r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout is a share from 0 to below 1; it is {self.lora_dropout}")
 
     @property
     def scale(self) -> float:
@@ -295,30 +299,56 @@ def _output_lengths(p: Param, weight: jax.Array | QuantizedWeight) -> jax.Array:
     return jnp.linalg.norm(whole, axis=-2).reshape(p.shape)
 
 
-def adapt(base: Tree, adapters: Tree, config: LoraConfig) -> Tree:
+def dropout_keys(declared: Tree, key: jax.Array) -> Tree:
+    """A key for each adapter, and so for each layer: what `adapt` takes to drop inputs.
+
+    Args:
+        declared: of `adapter_params`.
+        key: that they are made of.
+    """
+    adapters, structure = jax.tree.flatten(declared, is_leaf=lambda x: isinstance(x, Adapter))
+    keys = jax.random.split(key, len(adapters))
+    return structure.unflatten(
+        [
+            jax.random.split(key, adapter.a.stack_shape) if adapter.a.stacked else key
+            for adapter, key in zip(adapters, keys, strict=True)
+        ]
+    )
+
+
+def adapt(base: Tree, adapters: Tree, config: LoraConfig, keys: Tree = None) -> Tree:
     """The model's weights, those that are adapted as `AdaptedWeight`s: what its forward takes, unchanged.
 
     Args:
         base: weights; arrays, or `QuantizedWeight`s.
         adapters: arrays in the tree of `adapter_params`.
         config: what they were declared with.
+        keys: of `dropout_keys`; None drops nothing.
     """
     if isinstance(base, list):
-        return [adapt(weights, item, config) for weights, item in zip(base, adapters, strict=True)]
+        keys = [None] * len(base) if keys is None else keys
+        return [adapt(weights, item, config, key) for weights, item, key in zip(base, adapters, keys, strict=True)]
     if not isinstance(base, dict):
-        return adapt({_ALONE: base}, adapters, config)[_ALONE]
+        return adapt({_ALONE: base}, adapters, config, keys)[_ALONE]
     adapted = dict(base)
     for name, item in adapters.items():
+        key = None if keys is None else keys[name]
         if isinstance(item, Adapter):
-            adapted |= {of: _adapted(base[of], item, of, config) for of in item.b}
+            adapted |= {of: _adapted(base[of], item, of, config, key) for of in item.b}
         else:
-            adapted[name] = adapt(base[name], item, config)
+            adapted[name] = adapt(base[name], item, config, key)
     return adapted
 
 
-def _adapted(weight: Any, adapter: Adapter, name: str, config: LoraConfig) -> AdaptedWeight:
+def _adapted(weight: Any, adapter: Adapter, name: str, config: LoraConfig, key: jax.Array | None) -> AdaptedWeight:
     return AdaptedWeight(
-        base=weight, a=adapter.a, b=adapter.b[name], magnitude=adapter.magnitude.get(name), scale=config.scale
+        base=weight,
+        a=adapter.a,
+        b=adapter.b[name],
+        magnitude=adapter.magnitude.get(name),
+        scale=config.scale,
+        dropout=config.lora_dropout,
+        key=key,
     )
 
 

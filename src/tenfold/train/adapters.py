@@ -3,6 +3,7 @@
 A recipe states its loss of a model's weights; here it becomes one of what is trained, all weights or adapters.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,17 +19,20 @@ from tenfold.base.storage import fetch
 from tenfold.data.tokenizer import Tokenizer
 from tenfold.models.family import Model, resolve
 from tenfold.nn import adapter_checkpoint, checkpoint, lora, param
-from tenfold.nn.lora import LoraConfig, adapt, adapter_params
+from tenfold.nn.lora import LoraConfig, adapt, adapter_params, dropout_keys
 from tenfold.nn.param import Param, Tree
 from tenfold.nn.quantization import Scheme, find_scheme, quantize_param
-from tenfold.nn.stack import stack_weights
+from tenfold.nn.stack import Placement, stack_weights
 from tenfold.parallel.layout import Layout
+from tenfold.train.batches import Batches
+from tenfold.train.dropout import Seeded, SeededBatches
 from tenfold.train.export import copy_other_files, export_model, stored_dtype
 from tenfold.train.flops import flops_per_token
-from tenfold.train.loss import Loss, LossSum
-from tenfold.train.pretrain import check_fit, make_layout
+from tenfold.train.loss import Loss, LossSum, StagedLoss
+from tenfold.train.pipeline import AXIS
+from tenfold.train.pretrain import check_fit
 from tenfold.train.step import Grad
-from tenfold.train.trainer import Job, TrainConfig, Trained
+from tenfold.train.trainer import Evaluate, Job, TrainConfig, Trained, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,6 @@ class TuningConfig:
         max_length: tokens of a row.
         batch_size: rows of a step, over all devices.
         seed: of adapters and of the order of the data.
-        mesh: axes and sizes, such as "data=2,fsdp=4"; "" is one device.
         training: the run.
     """
 
@@ -52,7 +55,6 @@ class TuningConfig:
     max_length: int = 1024
     batch_size: int = 8
     seed: int = 0
-    mesh: str = ""
     training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
 
 
@@ -63,13 +65,33 @@ class Frozen(NamedTuple):
     rest: Tree
 
 
-def adapted_loss(loss: Loss, config: LoraConfig) -> Loss:
-    """A loss of a model's weights, as one of its adapters over a `Frozen`."""
+def adapted_loss(loss: Loss, config: LoraConfig, declared: Tree = None) -> Loss:
+    """A loss of a model's weights, as one of its adapters over a `Frozen`.
+
+    Args:
+        loss: of the weights.
+        config: of the adapters.
+        declared: `adapter_params`, which `Seeded` batches need: of those, adapters do not see `lora_dropout`.
+    """
 
     def adapted(trainable: Tree, frozen: Frozen, batch: Any) -> LossSum:
-        return loss(adapt(frozen.base, trainable, config), frozen.rest, batch)
+        keys = None
+        if isinstance(batch, Seeded):
+            batch, keys = batch.batch, dropout_keys(declared, batch.key())
+        return loss(adapt(frozen.base, trainable, config, keys), frozen.rest, batch)
 
     return adapted
+
+
+def adapted_stages(loss: StagedLoss, config: LoraConfig) -> StagedLoss:
+    """As `adapted_loss`, for a pipeline."""
+
+    def over_base(part: Callable[[Tree, Tree, Any, Placement], Any]) -> Callable[[Tree, Frozen, Any, Placement], Any]:
+        return lambda trainable, frozen, batch, placement: part(
+            adapt(frozen.base, trainable, config), frozen.rest, batch, placement
+        )
+
+    return StagedLoss(over_base(loss.pass_on), over_base(loss.sums))
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,7 @@ class Start:
         path: the checkpoint's directory.
         hf: its config.json.
         model, tokenizer: what it describes.
-        layout: where activations lie.
+        placement: where activations lie, and which are kept.
     """
 
     config: TuningConfig
@@ -89,7 +111,12 @@ class Start:
     hf: dict[str, Any]
     model: Model
     tokenizer: Tokenizer
-    layout: Layout
+    placement: Placement
+
+    @property
+    def layout(self) -> Layout:
+        """Where rows and tokens lie."""
+        return self.placement.layout
 
     @cached_property
     def declared(self) -> Tree:
@@ -122,22 +149,42 @@ class Start:
         """The model's weights, out of what a job of this start trains and what it does not."""
         return trainable if self.config.lora is None else adapt(frozen.base, trainable, self.config.lora)
 
-    def job(self, loss: Loss, *, frozen: Tree = None, grad: Grad | None = None) -> Job:
+    def refuse_pipeline(self, why: str) -> None:
+        """Raises ConfigError if the mesh has a pipeline."""
+        if self.layout.size(AXIS) > 1:
+            raise ConfigError(f"{why}; leave the axis {AXIS} out of the mesh")
+
+    def job(
+        self, loss: Loss, *, staged: StagedLoss | None = None, frozen: Tree = None, grad: Grad | None = None
+    ) -> Job:
         """The job of training with a loss of the model's weights.
 
         Args:
             loss: (weights, frozen, batch) -> sums.
-            frozen: what else it reads.
+            staged: the same, for a pipeline.
+            frozen: what else it reads; nothing in a pipeline.
             grad: of the loss as it is trained, where `accumulate` does not make it; `weights` serves it.
+
+        Raises:
+            ConfigError: if the mesh has a pipeline, and the loss is not staged or something is dropped.
         """
+        if self._drops:
+            self.refuse_pipeline("the stages of a pipeline do not know which layers they have, by which dropout draws")
+            staged = None
+        elif staged is None:
+            self.refuse_pipeline("the loss is not one that the stages of a pipeline share")
         lora_config, shardings = self.config.lora, self._shardings(self.trained)
         frozen = {} if frozen is None else frozen
         if lora_config is None:
             initial = partial(load_stacked, self.path, self.model, jnp.float32, shardings)
         else:
-            loss, frozen = adapted_loss(loss, lora_config), Frozen(self.base, frozen)
+            loss, frozen = adapted_loss(loss, lora_config, self.trained), Frozen(self.base, frozen)
             key = jax.random.key(self.config.seed)
             initial = partial(lora.initialize, self.trained, self.base, key, shardings)
+            staged = None if staged is None else adapted_stages(staged, lora_config)
+        if staged is not None:
+            places = None if self.layout.mesh is None else jax.tree.map(lambda x: x.sharding, frozen)
+            grad = self.config.training.parallelism.make_grad(staged, self.placement, shardings, places)
         return Job(
             loss=loss,
             declared=self.trained,
@@ -149,10 +196,21 @@ class Start:
             flops_per_token=flops_per_token(self.model, self.config.max_length),
         )
 
-    def finish(self, trained: Trained, output: Path) -> Trained:
-        """Writes what was trained to `output`/model, once all steps are done: a checkpoint, or an adapter."""
-        if not trained.finished:
-            return trained
+    @property
+    def _drops(self) -> bool:
+        return self.config.lora is not None and self.config.lora.lora_dropout > 0
+
+    def train(self, job: Job, batches: Batches, output: Path, *, evaluate: Evaluate | None = None) -> Trained:
+        """Trains as `trainer.train`, and writes what came of it to `output`/model, once all steps are done: a
+        checkpoint, or an adapter."""
+        if self._drops:
+            batches = SeededBatches(batches, self.config.seed, jax.process_index())
+        trained = train(job, self.config.training, batches, output, evaluate=evaluate)
+        if trained.finished:
+            self._write(trained, output)
+        return trained
+
+    def _write(self, trained: Trained, output: Path) -> None:
         weights, lora_config = trained.state.trainable, self.config.lora
         if lora_config is None:
             dtype = stored_dtype(self.hf)
@@ -161,7 +219,6 @@ class Start:
             copy_other_files(self.path, output / "model")
             base = name_of_base(self.path) if Path(self.config.model).exists() else self.config.model
             adapter_checkpoint.save(output / "model", self.declared, weights, lora_config, base=base)
-        return trained
 
 
 def start(config: TuningConfig) -> Start:
@@ -176,19 +233,20 @@ def start(config: TuningConfig) -> Start:
         raise ConfigError(f"{path} is an adapter: name its base to train another one, or merge both to train on")
     if config.quantization is not None and config.lora is None:
         raise ConfigError("weights in few bits cannot be trained; train adapters over them, or leave quantization out")
-    if config.quantization is not None and config.mesh:
+    parallelism = config.training.parallelism
+    placement = parallelism.make_placement()
+    if config.quantization is not None and placement.layout.mesh is not None:
         raise ConfigError("weights in few bits are not spread over a mesh; leave quantization or the mesh out")
     if config.lora is None and checkpoint.read_quantization(path) is not None:
         raise ConfigError(f"the weights of {path} are quantised: train adapters over them, or their original")
     hf = checkpoint.read_config(path)
-    begun = Start(config, path, hf, resolve(hf), Tokenizer.load(path), make_layout(config.mesh))
-    if begun.layout.size("pipeline") > 1:
-        raise ConfigError("only pretraining has schedules of pipelines; leave the axis pipeline out of the mesh")
+    begun = Start(config, path, hf, resolve(hf), Tokenizer.load(path), placement)
     check_fit(begun.model, begun.tokenizer, config.max_length)
     lacking = [] if config.lora is None else lora.unmatched(begun.declared, config.lora)
     if lacking:
         raise ConfigError(f"the model has no modules {', '.join(lacking)} to adapt; leave them out of target_modules")
-    begun.layout.check(config.batch_size, config.max_length, config.training.gradient_accumulation_steps)
+    parallelism.make_schedule(begun.layout)
+    begun.layout.check(config.batch_size, config.max_length, parallelism.micro_batches)
     return begun
 
 

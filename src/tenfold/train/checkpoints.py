@@ -6,9 +6,13 @@ see is a file that was damaged later; for that, every array has a fingerprint, w
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +22,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from tenfold.base.copies import Copies
 from tenfold.base.errors import CheckpointError, ConfigError
+from tenfold.base.storage import OBJECT_STORES
 from tenfold.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -66,14 +72,27 @@ class Checkpoints:
     """The checkpoints of one run. All processes of a run call all methods.
 
     Args:
-        directory: a path, or a URI that Orbax writes to; made if need be.
+        directory: a path or a `file://` URI, made if need be; or a `gs://`, `s3://` or `az://` URI, which they
+            are copied to from a temporary directory, behind the next steps.
         config: when, and which are kept.
+
+    Raises:
+        ConfigError: for another URI, or an object store and several processes.
+        CheckpointError: if the object store cannot be read.
     """
 
     def __init__(self, directory: str, config: CheckpointConfig) -> None:
         self.config = config
-        where = directory if "://" in directory else Path(directory).absolute()
-        self._manager = ocp.CheckpointManager(where, options=_options(config))
+        self.where = directory
+        self._copies: Copies | None = None
+        with ExitStack() as opened:
+            if directory.partition("://")[0] in OBJECT_STORES:
+                path = Path(opened.enter_context(TemporaryDirectory(prefix="tenfold-checkpoints-")))
+                self._copies = opened.enter_context(closing(_fetch_copies(directory, path)))
+            else:
+                path = _find(directory)
+            self._manager = ocp.CheckpointManager(path, options=_options(config))
+            self._opened = opened.pop_all()
         self.directory = self._manager.directory
 
     def save(self, state: TrainState, host: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
@@ -98,6 +117,8 @@ class Checkpoints:
             metrics=chosen,
             force=True,
         )  # fmt: skip
+        if self._copies is not None:
+            self._copies.start(step)
 
     def restore(self, target: TrainState) -> Restored | None:
         """The latest checkpoint that is whole; None if there is none at all. Later, damaged ones are moved aside.
@@ -126,7 +147,7 @@ class Checkpoints:
             return restored
         if steps:
             raise CheckpointError(
-                f"none of the checkpoints in {self.directory} (steps {', '.join(map(str, steps))}) can be read. If the "
+                f"none of the checkpoints in {self.where} (steps {', '.join(map(str, steps))}) can be read. If the "
                 "place can be reached, they are damaged: start anew in another directory"
             )
         return None
@@ -136,17 +157,20 @@ class Checkpoints:
         return self._manager.best_step() if self.config.metric_for_best_model else None
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk; raises what went wrong there."""
+        """Returns when everything saved is where it shall be; raises what went wrong there."""
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
+        if self._copies is not None:
+            self._copies.finish()
 
     def close(self) -> None:
         """Waits, and ends the threads."""
         self._manager.close()
+        self._opened.close()
 
     def _restore(self, step: int, target: TrainState) -> Restored:
         found = self._manager.restore(step, args=ocp.args.Composite(**{_HOST: ocp.args.JsonRestore()}))[_HOST]
-        _check_arrays(found["arrays"], target, f"{self.directory / str(step)}")
+        _check_arrays(found["arrays"], target, f"{self.where}/{step}")
         arguments = {_STATE: ocp.args.StandardRestore(target)}
         state = self._manager.restore(step, args=ocp.args.Composite(**arguments))[_STATE]
         prints = fingerprints(state)
@@ -159,10 +183,35 @@ class Checkpoints:
         if jax.process_index() == 0:
             for step in steps:
                 (self.directory / str(step)).rename(self.directory / f"damaged-{step}")
+            if self._copies is not None:
+                self._copies.remove(steps)
         if steps:
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("damaged checkpoints are aside")
             self._manager.reload()
+
+
+def _fetch_copies(uri: str, directory: Path) -> Copies:
+    """The copies in an object store, of which the directory has those that are whole."""
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"{uri}: several processes write one checkpoint, so they need a directory that all of them have, on a "
+            "shared file system; name that"
+        )
+    copies = Copies(uri, directory)
+    copies.fetch()
+    return copies
+
+
+def _find(directory: str) -> Path:
+    """The directory that a path or a `file://` URI names."""
+    scheme, is_uri, _ = directory.partition("://")
+    if not is_uri:
+        return Path(directory).absolute()
+    if scheme == "file":
+        return Path(url2pathname(urlsplit(directory).path))
+    known = ", ".join(f"{known}://" for known in ("file", *OBJECT_STORES))
+    raise ConfigError(f"{directory}: checkpoints are not written to {scheme}://; name a directory or {known}")
 
 
 def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:

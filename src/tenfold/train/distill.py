@@ -23,7 +23,7 @@ from tenfold.nn.stack import PLAIN, Placement
 from tenfold.train.adapters import load_stacked, start
 from tenfold.train.loss import Loss, LossSum, flat_states
 from tenfold.train.sft import SftConfig, answer_batches
-from tenfold.train.trainer import Trained, train
+from tenfold.train.trainer import Trained
 
 DIVERGENCES = ("forward", "reverse")
 
@@ -113,25 +113,24 @@ def distill(config: DistillConfig, output: Path) -> Trained:
     """
     tuning = config.sft.tuning
     begun = start(tuning)
+    begun.refuse_pipeline("distillation runs its teacher whole")
     path = builtin_model() if config.teacher == BUILTIN_MODEL else fetch(config.teacher, progress=True)
     teacher = resolve(checkpoint.read_config(path))
     check_vocabularies(begun.model, begun.tokenizer, teacher, Tokenizer.load(path), str(path))
-    placement = Placement(layout=begun.layout)
     loss = distillation_loss(
         begun.model,
         teacher,
         kind=config.divergence,
         temperature=config.temperature,
         alpha=config.alpha,
-        placement=placement,
+        placement=begun.placement,
     )
     mesh = begun.layout.mesh
     shardings: Any = None if mesh is None else param.shardings(teacher.params(stacked=True), mesh)  # pyright: ignore[reportArgumentType]
     weights = load_stacked(path, teacher, jnp.dtype(tuning.training.dtype), shardings)
     job = begun.job(loss, frozen={"teacher": weights})
     with answer_batches(config.sft, begun, config.sft.datasets) as batches:
-        trained = train(job, tuning.training, batches, output)
-    return begun.finish(trained, output)
+        return begun.train(job, batches, output)
 
 
 def check_vocabularies(student: Model, ours: Tokenizer, teacher: Model, theirs: Tokenizer, where: str) -> None:

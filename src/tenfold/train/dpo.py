@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float32
 
 from tenfold.base.errors import ConfigError, DataError, TenfoldError
@@ -25,9 +24,9 @@ from tenfold.nn.param import Tree
 from tenfold.nn.stack import PLAIN, Placement
 from tenfold.train.adapters import TuningConfig, start
 from tenfold.train.example_batches import alone, example_batches
-from tenfold.train.loss import Loss, LossSum, hidden_states
+from tenfold.train.loss import Loss, LossSum, hidden_states, in_stages, token_losses
 from tenfold.train.pretrain import Dataset
-from tenfold.train.trainer import Trained, train
+from tenfold.train.trainer import Trained
 
 LOSSES = ("sigmoid", "hinge", "ipo")
 _TOGETHER = 8  # pairs whose log-probabilities under the reference are computed at a time
@@ -46,6 +45,10 @@ class Pairs(NamedTuple):
     rejected: Rows
     reference: Any
 
+    def rows(self) -> Rows:
+        """All answers [2 N, L], the chosen ones first."""
+        return Rows(*(jnp.concatenate([a, b]) for a, b in zip(self.chosen, self.rejected, strict=True)))
+
 
 # --- the loss -------------------------------------------------------------------------------------------------------
 
@@ -55,7 +58,7 @@ def answer_logprobs(params: Tree, model: Model, rows: Rows, placement: Placement
     hidden = hidden_states(params, model, rows, placement)[:, :-1]
     logits = model.logits(params, hidden.reshape(-1, hidden.shape[-1]))
     targets, weights = jnp.asarray(rows.tokens)[:, 1:], jnp.asarray(rows.weights)[:, 1:]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets.reshape(-1))
+    losses = token_losses(logits, targets.reshape(-1))
     return -(losses.reshape(weights.shape) * weights).sum(1)
 
 
@@ -103,7 +106,7 @@ def dpo_loss(
 
     def loss(params: Tree, frozen: Tree, pairs: Pairs) -> LossSum:
         del frozen
-        both = Rows(*(jnp.concatenate([a, b]) for a, b in zip(pairs.chosen, pairs.rejected, strict=True)))
+        both = pairs.rows()
         now = jnp.stack(jnp.split(answer_logprobs(params, model, both, placement), 2))
         chosen, rejected = now - jnp.asarray(pairs.reference).T
         lengths = jnp.stack(jnp.split(both.weights[:, 1:].sum(1), 2))
@@ -150,6 +153,10 @@ class DpoConfig:
             raise ConfigError(f"loss must be one of {', '.join(LOSSES)}; it is {self.loss!r}")
         if not self.beta > 0 or not 0 <= self.label_smoothing < 0.5:
             raise ConfigError("beta must be positive, and label_smoothing from 0 to below 0.5")
+        if self.tuning.lora is not None and self.tuning.lora.lora_dropout:
+            raise ConfigError(
+                "nothing is dropped of the reference that answers are compared to: leave lora_dropout out"
+            )
         if self.label_smoothing and self.loss != "sigmoid":
             raise ConfigError(f"label_smoothing is of the loss sigmoid, not of {self.loss}")
 
@@ -235,10 +242,11 @@ def dpo(config: DpoConfig, output: Path) -> Trained:
         seed=tuning.seed,
         process=(jax.process_index(), jax.process_count()),
     )
-    placement = Placement(layout=begun.layout)
-    loss = dpo_loss(
-        begun.model, kind=config.loss, beta=config.beta, label_smoothing=config.label_smoothing, placement=placement
-    )
+
+    def loss(placement: Placement) -> Loss:
+        chosen = {"kind": config.loss, "beta": config.beta, "label_smoothing": config.label_smoothing}
+        return dpo_loss(begun.model, **chosen, placement=placement)
+
+    job = begun.job(loss(begun.placement), staged=in_stages(begun.model, loss, Pairs.rows))
     with closing(batches):
-        trained = train(begun.job(loss), tuning.training, batches, output)
-    return begun.finish(trained, output)
+        return begun.train(job, batches, output)

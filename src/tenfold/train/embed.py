@@ -29,7 +29,7 @@ from tenfold.train.example_batches import alone, example_batches
 from tenfold.train.loss import Loss, LossSum, hidden_states
 from tenfold.train.pretrain import Dataset
 from tenfold.train.step import Grad
-from tenfold.train.trainer import Trained, train
+from tenfold.train.trainer import Trained
 
 POOLINGS = ("mean", "last")
 
@@ -157,10 +157,14 @@ class EmbedConfig:
             raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}; it is {self.pooling!r}")
         if not self.temperature > 0 or self.negatives < 0:
             raise ConfigError("temperature must be positive, and negatives at least 0")
-        if self.tuning.training.gradient_accumulation_steps > 1:
+        if self.tuning.training.parallelism.micro_batches > 1:
             raise ConfigError(
-                "parts of a batch would see their own passages only: leave gradient_accumulation_steps out, and take "
-                "chunk, which gives the gradient of the whole batch"
+                "parts of a batch would see their own passages only: leave gradient accumulation out, and take chunk, "
+                "which gives the gradient of the whole batch"
+            )
+        if self.chunk is not None and self.tuning.lora is not None and self.tuning.lora.lora_dropout:
+            raise ConfigError(
+                "in chunks, texts are embedded twice, with nothing dropped: leave lora_dropout or chunk out"
             )
         texts = self.tuning.batch_size * (2 + self.negatives)
         if self.chunk is not None and (self.chunk < 1 or texts % self.chunk):
@@ -212,11 +216,12 @@ def embed(config: EmbedConfig, output: Path) -> Trained:
     """
     tuning, processes = config.tuning, jax.process_count()
     begun = start(tuning)
+    begun.refuse_pipeline("a pipeline's micro-batches would see their own passages only")
     if tuning.batch_size % processes:
         raise ConfigError(f"a batch of {tuning.batch_size} queries does not divide over {processes} processes")
     columns: dict[str, type] = {"query": str, "positive": str} | ({"negatives": list} if config.negatives else {})
     texts = read_texts(open_records(config.dataset.where, columns, split=config.dataset.split), begun.tokenizer, config)
-    placement = Placement(layout=begun.layout)
+    placement = begun.placement
     loss = contrastive_loss(begun.model, pooling=config.pooling, temperature=config.temperature, placement=placement)
 
     def embed_rows(trainable: Tree, frozen: Tree, rows: Rows) -> jax.Array:
@@ -227,5 +232,4 @@ def embed(config: EmbedConfig, output: Path) -> Trained:
         texts, rows=tuning.batch_size // processes, seed=tuning.seed, process=(jax.process_index(), processes)
     )
     with closing(batches):
-        trained = train(begun.job(loss, grad=grad), tuning.training, batches, output)
-    return begun.finish(trained, output)
+        return begun.train(begun.job(loss, grad=grad), batches, output)

@@ -61,14 +61,17 @@ class Events:
 
 
 class Stopwatch:
-    """Seconds since it was made, and what they were spent on."""
+    """Seconds since it was made, and what they were spent on.
+
+    Attributes:
+        waited: for data, in the last step.
+    """
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._last_step = self._started
-        self._spent = {"data": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
         self._productive: list[float] = []
-        self._interrupted = 0.0
+        self._interrupted = self._on_data = self.waited = 0.0
 
     @contextmanager
     def on(self, what: str) -> Iterator[None]:
@@ -78,8 +81,9 @@ class Stopwatch:
             yield
         finally:
             seconds = time.perf_counter() - started
-            self._spent[what] += seconds
-            if what != "data":
+            if what == "data":
+                self._on_data += seconds
+            else:
                 self._interrupted += seconds
 
     def step(self) -> float:
@@ -87,6 +91,7 @@ class Stopwatch:
         now = time.perf_counter()
         seconds = now - self._last_step - self._interrupted
         self._last_step, self._interrupted = now, 0.0
+        self.waited, self._on_data = self._on_data, 0.0
         self._productive.append(seconds)
         return seconds
 
@@ -94,11 +99,7 @@ class Stopwatch:
         """The last steps were in vain."""
         if steps:
             del self._productive[-steps:]
-        self._last_step, self._interrupted = time.perf_counter(), 0.0
-
-    def share(self, what: str) -> float:
-        """The share of all time that was spent on this."""
-        return self._spent[what] / (time.perf_counter() - self._started)
+        self._last_step, self._interrupted, self._on_data = time.perf_counter(), 0.0, 0.0
 
     @property
     def goodput(self) -> float:

@@ -4,11 +4,12 @@ Dims: N rows, L tokens of a row, D model width.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from tenfold.data.packing import Rows
 from tenfold.models.family import Model
@@ -62,6 +63,13 @@ def hidden_states(params: Tree, model: Model, rows: Rows, placement: Placement =
     return placement.layout.unflatten(hidden, rows.tokens.shape[0])
 
 
+def token_losses(logits: Float[Array, "T V"], targets: Int[Array, " T"]) -> Float[Array, " T"]:
+    """The cross-entropy of each target, in nats."""
+    # Picked by comparing, which leaves a vocabulary that is spread over devices where it is.
+    is_target = targets[:, None] == jnp.arange(logits.shape[1])[None]
+    return jax.nn.logsumexp(logits, axis=1) - jnp.where(is_target, logits, 0).sum(1)
+
+
 def next_token_loss(params: Tree, model: Model, rows: Rows, placement: Placement = PLAIN) -> LossSum:
     """Weighted cross-entropy, in nats, of each token given those before it in its segment."""
     hidden, _ = flat_states(params, model, rows, placement)
@@ -69,9 +77,7 @@ def next_token_loss(params: Tree, model: Model, rows: Rows, placement: Placement
     # The last token of a row is followed by none.
     following = (jnp.pad(jnp.asarray(x)[:, 1:], ((0, 0), (0, 1))) for x in (rows.tokens, rows.weights))
     targets, weights = map(placement.layout.flatten, following)
-    # Picked by comparing, which leaves a vocabulary that is spread over devices where it is.
-    is_target = targets[:, None] == jnp.arange(logits.shape[1])[None]
-    losses = jax.nn.logsumexp(logits, axis=1) - jnp.where(is_target, logits, 0).sum(1)
+    losses = token_losses(logits, targets)
     return LossSum((losses * weights).sum(), weights.sum(), {})
 
 
@@ -97,14 +103,25 @@ class StagedLoss(NamedTuple):
     sums: Callable[[Tree, Tree, Any, Placement], LossSum]
 
 
-def staged_full_training(model: Model) -> StagedLoss:
-    """What `full_training` computes, for a pipeline."""
+def in_stages(model: Model, loss: Callable[[Placement], Loss], read: Callable[[Any], Rows]) -> StagedLoss:
+    """A loss of a model's weights, for a pipeline.
 
-    def pass_on(trainable: Tree, frozen: Tree, rows: Rows, placement: Placement) -> Float[Array, "T D"]:
+    Args:
+        model: reads once what the loss is of.
+        loss: for a placement.
+        read: the rows that the model reads, of a batch.
+    """
+
+    def pass_on(trainable: Tree, frozen: Tree, batch: Any, placement: Placement) -> Float[Array, "T D"]:
         del frozen
-        return flat_states(trainable, model, rows, placement)[1][0]
+        return flat_states(trainable, model, read(batch), placement)[1][0]
 
-    def sums(trainable: Tree, frozen: Tree, rows: Rows, placement: Placement) -> LossSum:
-        return full_training(model, placement)(trainable, frozen, rows)
+    def sums(trainable: Tree, frozen: Tree, batch: Any, placement: Placement) -> LossSum:
+        return loss(placement)(trainable, frozen, batch)
 
     return StagedLoss(pass_on, sums)
+
+
+def staged_full_training(model: Model) -> StagedLoss:
+    """What `full_training` computes, for a pipeline."""
+    return in_stages(model, partial(full_training, model), lambda rows: rows)

@@ -6,7 +6,7 @@ For Adam that frees two thirds of what a weight takes in float32, for the time o
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Sharding
 
 from tenfold.base.errors import ConfigError
 from tenfold.nn.param import Tree
@@ -23,8 +23,8 @@ def on_host(shardings: TrainState) -> TrainState:
         ConfigError: if the devices have no such memory.
     """
 
-    def move(sharding: NamedSharding) -> NamedSharding:
-        [device, *_] = sharding.device_set
+    def move(sharding: Sharding) -> Sharding:
+        device = next(iter(sharding.addressable_devices))
         kinds = {memory.kind for memory in device.addressable_memories()}
         if HOST_MEMORY not in kinds:
             raise ConfigError(

@@ -13,7 +13,7 @@ micro-batch, D model width.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -67,7 +67,9 @@ class _Made(NamedTuple):
     gradients: Tree
 
 
-def pipelined(loss: StagedLoss, schedule: Schedule, placement: Placement, shardings: Tree = None) -> Grad:
+def pipelined(
+    loss: StagedLoss, schedule: Schedule, placement: Placement, shardings: Tree = None, frozen_shardings: Tree = None
+) -> Grad:
     """The gradient of a loss over the "pipeline" axis of the placement's mesh, micro-batch by micro-batch.
 
     Args:
@@ -75,6 +77,7 @@ def pipelined(loss: StagedLoss, schedule: Schedule, placement: Placement, shardi
         schedule: over as many devices as the axis has.
         placement: of the activations within a stage.
         shardings: of the trained weights, which the sums of their gradients are spread like; None leaves that open.
+        frozen_shardings: of the others; None likewise.
 
     Raises:
         ConfigError: if the mesh has no such axis; and when the gradient is traced, if the layers do not divide over the
@@ -86,8 +89,11 @@ def pipelined(loss: StagedLoss, schedule: Schedule, placement: Placement, shardi
     mesh, table = layout.mesh, make_timetable(schedule)
 
     def grad(trainable: Tree, frozen: Tree, batch: Any) -> tuple[LossSum, Tree]:
+        gather = functools.partial(_gathered, layout)
         if shardings is not None:
-            trainable = _map_leaves(_same, functools.partial(_gathered, layout), trainable, shardings)
+            trainable = _map_leaves(_same, gather, trainable, shardings)
+        if frozen_shardings is not None:
+            frozen = _map_leaves(_same, gather, frozen, frozen_shardings)
         specs = [
             _map_leaves(lambda _: PartitionSpec(None, AXIS), lambda _: PartitionSpec(), tree)
             for tree in (trainable, frozen)
@@ -211,7 +217,7 @@ class _Program:
             return gradients
         mesh = current(cast(Mesh, self.placement.layout.mesh))
 
-        def within(g: jax.Array, spec: Sequence[Any]) -> jax.Array:
+        def within(g: jax.Array, spec: Iterable[Any]) -> jax.Array:
             return jax.lax.with_sharding_constraint(g, NamedSharding(mesh, PartitionSpec(*spec)))
 
         return _map_leaves(

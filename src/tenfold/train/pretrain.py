@@ -18,17 +18,13 @@ from tenfold.data.tokenizer import Tokenizer
 from tenfold.models.family import Model, resolve
 from tenfold.nn import checkpoint, param
 from tenfold.nn.param import Tree
-from tenfold.nn.stack import Remat
-from tenfold.parallel.layout import Layout
 from tenfold.parallel.mesh import parse_mesh
-from tenfold.parallel.sharding import make_mesh
 from tenfold.train.batches import Batches, Source, encode_text, first_batches, packed_batches
 from tenfold.train.evaluation import Perplexity
 from tenfold.train.export import export_model, stored_dtype
 from tenfold.train.flops import flops_per_token
 from tenfold.train.loss import full_training, staged_full_training
 from tenfold.train.optimizers import make_optimizer
-from tenfold.train.parallelism import Parallelism
 from tenfold.train.plan import Plan, plan_step, use_virtual_devices
 from tenfold.train.state import abstract_state
 from tenfold.train.step import make_step
@@ -64,7 +60,6 @@ class PretrainConfig:
         batch_size: rows of a step, over all devices.
         eval_batches: of as many rows at most, that perplexity is measured on.
         seed: of the weights and of the order of the documents.
-        mesh, remat, schedule, stages: as in `Parallelism`.
         training: the run.
     """
 
@@ -77,22 +72,7 @@ class PretrainConfig:
     batch_size: int = 8
     eval_batches: int = 16
     seed: int = 0
-    mesh: str = ""
-    remat: Remat = "none"
-    schedule: str = "gpipe"
-    stages: int = 1
     training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
-
-    @property
-    def parallelism(self) -> Parallelism:
-        """How the run is spread over devices; a pipeline's micro-batches are the parts that gradients are added of."""
-        return Parallelism(
-            mesh=self.mesh,
-            remat=self.remat,
-            schedule=self.schedule,
-            stages=self.stages,
-            micro_batches=self.training.gradient_accumulation_steps,
-        )
 
 
 CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer*", "*.model", "*.jinja", "vocab.*", "merges.txt")
@@ -132,7 +112,13 @@ def plan_pretraining(config: PretrainConfig) -> Plan:
     Raises:
         ConfigError: options do not fit each other, or jax has been used in this process.
     """
-    use_virtual_devices(math.prod(parse_mesh(config.mesh).values()))
+    parallelism = config.training.parallelism
+    if parallelism.offload_optimizer:
+        raise ConfigError(
+            "a plan is of a step, for which the optimizer's state is on the devices either way: leave "
+            "offload_optimizer out"
+        )
+    use_virtual_devices(math.prod(parse_mesh(parallelism.mesh).values()))
     path = fetch(config.model, files=CONFIG_FILES)
     job = _job(config, path, resolve(checkpoint.read_config(path)))
     if job.layout.mesh is None or job.grad is None:
@@ -148,11 +134,11 @@ def plan_pretraining(config: PretrainConfig) -> Plan:
     state = abstract_state(optimizer, param.abstract(job.declared, jnp.float32), job.shardings)
     ids = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=job.layout.rows)
     batch = Rows(ids, ids, ids, jax.ShapeDtypeStruct(rows, jnp.float32, sharding=job.layout.rows))
-    return plan_step(step, state, job.frozen, batch, job.layout, config.parallelism.make_schedule(job.layout))
+    return plan_step(step, state, job.frozen, batch, job.layout, parallelism.make_schedule(job.layout))
 
 
 def _job(config: PretrainConfig, path: Path, model: Model) -> Job:
-    parallelism = config.parallelism
+    parallelism = config.training.parallelism
     placement = parallelism.make_placement()
     layout, declared = placement.layout, model.params(stacked=True)
     layout.check(config.batch_size, config.max_length, parallelism.micro_batches)
@@ -179,13 +165,6 @@ def check_fit(model: Model, tokenizer: Tokenizer, max_length: int) -> None:
         raise ConfigError(
             f"rows of {max_length} tokens do not fit the model, whose longest context is {model.config.max_len}"
         )
-
-
-def make_layout(mesh: str) -> Layout:
-    """Where activations lie on the mesh that a text names; "" is one device."""
-    if not mesh:
-        return Layout()
-    return Layout(make_mesh(parse_mesh(mesh, jax.device_count())))
 
 
 def _initial(config: PretrainConfig, path: Path, model: Model, shardings: Any) -> Callable[[], Tree]:

@@ -26,7 +26,7 @@ def make_reporters(names: Sequence[str], run_dir: Path) -> list[Reporter]:
     """Reporters by name.
 
     Raises:
-        ConfigError: one is unknown, or its package is not installed.
+        ConfigError: one is unknown, its package is not installed, or it cannot keep the run.
     """
     made: list[Reporter] = []
     for name in names:
@@ -57,11 +57,17 @@ class _TensorBoard:
 
 
 class _MLflow:
-    """A run of MLflow, at the tracking server that its own settings name; without any, files beside the run."""
+    """A run of MLflow, at the tracking server that its own settings name."""
 
     def __init__(self, run_dir: Path) -> None:
         self._mlflow: Any = importlib.import_module("mlflow")
-        self._mlflow.start_run(run_name=run_dir.name)
+        try:
+            self._mlflow.start_run(run_name=run_dir.name)
+        except self._mlflow.exceptions.MlflowException as error:
+            raise ConfigError(
+                "MLflow has no place to keep the run: set MLFLOW_TRACKING_URI to that of its server; or, for a file in "
+                f"this directory, pip install mlflow. It says: {error}"
+            ) from error
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(numbers), step=step)

@@ -13,13 +13,12 @@ from tenfold.data.packing import Example
 from tenfold.data.records import open_records
 from tenfold.data.supervision import encode_completion, encode_conversation
 from tenfold.data.tokenizer import Tokenizer
-from tenfold.nn.stack import Placement
 from tenfold.train.adapters import Start, TuningConfig, start
 from tenfold.train.batches import Batches, Encode, Source, packed_batches
 from tenfold.train.evaluation import Perplexity
-from tenfold.train.loss import full_training
+from tenfold.train.loss import full_training, staged_full_training
 from tenfold.train.pretrain import Dataset
-from tenfold.train.trainer import Trained, train
+from tenfold.train.trainer import Trained
 
 FORMATS: dict[str, dict[str, type]] = {
     "messages": {"messages": list},
@@ -74,7 +73,7 @@ def sft(config: SftConfig, output: Path) -> Trained:
         TrainingError: as `train`.
     """
     begun = start(config.tuning)
-    job = begun.job(full_training(begun.model, Placement(layout=begun.layout)))
+    job = begun.job(full_training(begun.model, begun.placement), staged=staged_full_training(begun.model))
     evaluate = None
     if config.validation is not None:
         with answer_batches(config, begun, (config.validation,)) as held_out:
@@ -82,8 +81,7 @@ def sft(config: SftConfig, output: Path) -> Trained:
         dtype = config.tuning.training.dtype
         evaluate = Perplexity(job.loss, measured, frozen=job.frozen, layout=begun.layout, dtype=dtype)
     with answer_batches(config, begun, config.datasets) as batches:
-        trained = train(job, config.tuning.training, batches, output, evaluate=evaluate)
-    return begun.finish(trained, output)
+        return begun.train(job, batches, output, evaluate=evaluate)
 
 
 @contextmanager

@@ -30,7 +30,9 @@ from tenfold.train.events import Events, Stopwatch
 from tenfold.train.flops import peak_flops
 from tenfold.train.guard import Guard, GuardConfig
 from tenfold.train.loss import Loss
+from tenfold.train.offload import offloaded, on_host
 from tenfold.train.optimizers import OptimizerConfig, learning_rate, make_optimizer
+from tenfold.train.parallelism import Parallelism
 from tenfold.train.plot import plot_run
 from tenfold.train.reporting import ProgressLine, make_reporters
 from tenfold.train.signals import told_to_stop
@@ -52,11 +54,11 @@ class TrainConfig:
     Attributes:
         steps: of the optimizer.
         optimizer: how weights change.
-        gradient_accumulation_steps: parts that a batch's rows are cut into, one after the other; they must divide them.
+        parallelism: how the run is spread over devices.
         dtype: that the loss is computed in: "float32", or "bfloat16" with float32 masters.
         eval_steps: steps between evaluations; there is one at the end, too.
         checkpoints: when they are made, and which are kept.
-        checkpoint_dir: where, if not in the run's directory; may be a URI that Orbax writes to.
+        checkpoint_dir: where, if not in the run's directory; a path, or a `file://`, `gs://`, `s3://` or `az://` URI.
         guard: what is done about bad losses.
         report_to: "tensorboard" and "mlflow".
         plots: draw the loss and the gradient's norm at the end.
@@ -65,7 +67,7 @@ class TrainConfig:
 
     steps: int
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    gradient_accumulation_steps: int = 1
+    parallelism: Parallelism = field(default_factory=Parallelism)
     dtype: str = "float32"
     eval_steps: int = 500
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -76,8 +78,8 @@ class TrainConfig:
     profile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.gradient_accumulation_steps < 1 or self.eval_steps < 1:
-            raise ConfigError("steps, gradient_accumulation_steps and eval_steps must be at least 1")
+        if self.steps < 1 or self.eval_steps < 1:
+            raise ConfigError("steps and eval_steps must be at least 1")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"losses are computed in float32 or bfloat16, not in {self.dtype!r}")
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] <= self.steps:
@@ -176,6 +178,9 @@ class _Run:
         self._main = jax.process_index() == 0
         self._rate = learning_rate(config.optimizer, config.steps)
         self._optimizer = make_optimizer(config.optimizer, config.steps, job.declared)
+        self._abstract = self._describe()
+        self._places: TrainState = jax.tree.map(lambda x: x.sharding, self._abstract)
+        self._kept = on_host(self._places) if config.parallelism.offload_optimizer else self._places
         reporters = make_reporters(config.report_to, run_dir) if self._main else []
         self._checkpoints = Checkpoints(config.checkpoint_dir or str(run_dir / "checkpoints"), config.checkpoints)
         stack.callback(self._checkpoints.close)
@@ -197,23 +202,28 @@ class _Run:
 
     # --- starting, and going back -----------------------------------------------------------------------------------
 
+    def _describe(self) -> TrainState:
+        """Shapes and dtypes of the state, and where a step has it."""
+        declared = abstract(self._job.declared, jnp.float32)
+        state = abstract_state(self._optimizer, declared, self._job.shardings)
+        if self._job.shardings is not None:
+            return state
+        here = SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
+
     def _begin(self) -> TrainState:
         restored = self._restore()
         if restored is not None:
             return restored
         state = init_state(self._optimizer, self._job.initial(), self._job.shardings)
+        state = jax.device_put(state, self._kept)
         if self._config.guard.on_bad_step == "skip":  # so that there is a checkpoint to go back to
             self._save(state)
         return state
 
     def _restore(self) -> TrainState | None:
         """The state of the last checkpoint, with the batches and the guard where they stood; None if there is none."""
-        declared = abstract(self._job.declared, jnp.float32)
-        target = abstract_state(self._optimizer, declared, self._job.shardings)
-        if self._job.shardings is None:
-            here = SingleDeviceSharding(jax.devices()[0])
-            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), target)
-        found = self._checkpoints.restore(target)
+        found = self._checkpoints.restore(self._abstract)
         if found is None:
             return None
         data = found.host["data"]
@@ -225,25 +235,24 @@ class _Run:
         self._drawn = found.host["drawn"]
         self._skipped |= set(found.host["skipped"])
         self._guard = Guard(self._config.guard, found.host["losses"])
-        return found.state
+        return jax.device_put(found.state, self._kept)
 
     def _save(self, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
         data = [part.decode() for part in gather(json.dumps(self._batches.get_state()).encode())]
         host = {"drawn": self._drawn, "skipped": sorted(self._skipped), "losses": self._guard.losses, "data": data}
-        self._checkpoints.save(state, host, metrics)
+        self._checkpoints.save(jax.device_put(state, self._places), host, metrics)
 
     def _jit_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         config, job = self._config, self._job
         step = make_step(
-            job.grad or accumulate(job.loss, config.gradient_accumulation_steps),
+            job.grad or accumulate(job.loss, config.parallelism.micro_batches),
             self._optimizer,
             clip_norm=config.optimizer.max_grad_norm,
             compute_dtype=jnp.dtype(config.dtype),
         )
-        if job.shardings is None:
-            return jax.jit(step, donate_argnums=0)
-        where = jax.tree.map(lambda x: x.sharding, self._state)
-        return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+        if config.parallelism.offload_optimizer:
+            step = offloaded(step, self._places)
+        return jax.jit(step, donate_argnums=0, out_shardings=(self._kept, None))
 
     # --- running ----------------------------------------------------------------------------------------------------
 
@@ -284,7 +293,7 @@ class _Run:
     def _place(self, batch: Any) -> Any:
         layout = self._job.layout
         rows, length = (*jax.tree.leaves(batch)[0].shape, 1)[:2]
-        layout.check(rows * jax.process_count(), length, self._config.gradient_accumulation_steps)
+        layout.check(rows * jax.process_count(), length, self._config.parallelism.micro_batches)
         return place(batch, layout)
 
     def _pauses(self, done: int) -> bool:
@@ -320,7 +329,7 @@ class _Run:
             **metrics,
             "learning_rate": float(np.asarray(self._rate(pending.step - 1))),
             "tokens_per_s": round(tokens / seconds, 1),
-            "data_share": round(self._clock.share("data"), 4),
+            "data_share": round(self._clock.waited / seconds, 4),
             "goodput": round(self._clock.goodput, 4),
         }
         if self._peak:
