@@ -19,6 +19,7 @@ TRAINING_FLAGS = (
     *("--min-lr-ratio", "--weight-decay", "--adam-beta1", "--adam-beta2", "--max-grad-norm"),
     *("--gradient-accumulation-steps", "--dtype", "--save-steps", "--save-total-limit", "--metric-for-best-model"),
     *("--checkpoint-dir", "--eval-steps", "--on-bad-step", "--loss-spike", "--report-to", "--profile"),
+    *("--on", "--print-k8s", "--hosts", "--accelerator", "--max-restarts", "--image", "--volume", "--node-selector"),
 )
 TUNING_FLAGS = (
     *("--output", "--dataset", "--split", "--model", "--max-length", "--batch-size", "--seed", "--mesh"),

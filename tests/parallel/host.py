@@ -3,6 +3,7 @@
 python -m tests.parallel.host STEPS
 """
 
+import os
 import sys
 import time
 
@@ -17,12 +18,11 @@ from tenfold.parallel.sharding import make_mesh
 
 
 def main(steps: int) -> None:
-    count = hosts.join_hosts()
-    layout = Layout(make_mesh({"data": count * jax.local_device_count()}))
-    own = np.full((jax.local_device_count(), 4), jax.process_index() + 1, np.float32)
-    rows = jax.make_array_from_process_local_data(layout.rows, own)
-    total = jax.jit(jnp.sum)
-    with hosts.watching_hosts():
+    with hosts.joined_hosts() as count:
+        layout = Layout(make_mesh({"data": count * jax.local_device_count()}))
+        own = np.full((jax.local_device_count(), 4), jax.process_index() + 1, np.float32)
+        rows = jax.make_array_from_process_local_data(layout.rows, own)
+        total = jax.jit(jnp.sum)
         for step in range(steps):
             print(step, float(total(rows * (step + 1))), flush=True)
             time.sleep(0.05)
@@ -33,4 +33,4 @@ if __name__ == "__main__":
         main(int(sys.argv[1]))
     except TenfoldError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(3)
+        os._exit(3)  # jax would wait for the others

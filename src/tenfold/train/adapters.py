@@ -23,7 +23,7 @@ from tenfold.nn.param import Param, Tree
 from tenfold.nn.quantization import Scheme, find_scheme, quantize_param
 from tenfold.nn.stack import stack_weights
 from tenfold.parallel.layout import Layout
-from tenfold.train.export import copy_other_files, export_model, stored_dtype
+from tenfold.train.export import copy_other_files, export_model, stored_dtype, to_all_hosts
 from tenfold.train.flops import flops_per_token
 from tenfold.train.loss import Loss, LossSum
 from tenfold.train.pretrain import check_fit, make_layout
@@ -157,7 +157,9 @@ class Start:
         if lora_config is None:
             dtype = stored_dtype(self.hf)
             export_model(output / "model", self.model, weights, config=self.hf, like=self.path, dtype=dtype)
-        elif jax.process_index() == 0:
+            return trained
+        weights = to_all_hosts(weights)
+        if jax.process_index() == 0:
             copy_other_files(self.path, output / "model")
             base = name_of_base(self.path) if Path(self.config.model).exists() else self.config.model
             adapter_checkpoint.save(output / "model", self.declared, weights, lora_config, base=base)
