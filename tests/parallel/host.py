@@ -3,6 +3,7 @@
 python -m tests.parallel.host STEPS
 """
 
+import json
 import os
 import sys
 import time
@@ -14,11 +15,23 @@ import numpy as np
 from tenfold.base.errors import TenfoldError
 from tenfold.parallel import hosts
 from tenfold.parallel.layout import Layout
+from tenfold.parallel.mesh import parse_mesh
 from tenfold.parallel.sharding import make_mesh
+
+MESHES = ("data=4", "tensor=4", "data=2,tensor=2", "pipeline=2,data=2", "fsdp=2,context=2", "data=2", "")
+
+
+def shares(mesh: str) -> list[int] | str:
+    """Which share of the rows each host has, or why it cannot be so."""
+    try:
+        return list(Layout(make_mesh(parse_mesh(mesh)) if mesh else None).row_shares)
+    except TenfoldError as error:
+        return str(error)
 
 
 def main(steps: int) -> None:
     with hosts.joined_hosts() as count:
+        print("shares", json.dumps({mesh: shares(mesh) for mesh in MESHES}), flush=True)
         layout = Layout(make_mesh({"data": count * jax.local_device_count()}))
         own = np.full((jax.local_device_count(), 4), jax.process_index() + 1, np.float32)
         rows = jax.make_array_from_process_local_data(layout.rows, own)

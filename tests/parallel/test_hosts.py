@@ -1,5 +1,6 @@
 """Real processes that compute together over gloo."""
 
+import json
 import os
 import socket
 import subprocess
@@ -48,7 +49,20 @@ def test_processes_compute_together(tmp_path: Path) -> None:
     processes = start(2, 3, tmp_path)
     printed = [list(numbers(process.communicate(timeout=250)[0].splitlines())) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], (tmp_path / "0.err").read_text()
-    assert printed[0] == printed[1] == [f"{i} {24.0 * (i + 1)}" for i in range(3)]  # 2 · 4 · (1 + 2) numbers
+    assert printed[0] == printed[1]
+    assert printed[0][1:] == [f"{i} {24.0 * (i + 1)}" for i in range(3)]  # 2 · 4 · (1 + 2) numbers
+    shares = json.loads(printed[0][0].removeprefix("shares "))
+    assert {mesh: found for mesh, found in shares.items() if isinstance(found, list)} == {
+        "data=4": [0, 1],
+        "tensor=4": [0, 0],
+        "data=2,tensor=2": [0, 1],
+        "pipeline=2,data=2": [0, 0],  # each stage sees all rows
+        "fsdp=2,context=2": [0, 1],
+    }
+    for mesh in ("data=2", ""):
+        assert shares[mesh] == (
+            "2 processes have 4 devices, and a run takes all of them: name a mesh of as many, such as --mesh data=4"
+        )
 
 
 @pytest.mark.timeout(300)
@@ -57,7 +71,9 @@ def test_when_one_is_killed_the_other_ends_and_says_why(victim: int, tmp_path: P
     processes = start(2, 1_000_000, tmp_path)
     for process in processes:
         assert process.stdout is not None
-        assert next(numbers(process.stdout)).startswith("0 "), (tmp_path / "0.err").read_text()
+        lines = numbers(process.stdout)
+        assert next(lines, "").startswith("shares"), (tmp_path / "0.err").read_text()
+        assert next(lines, "").startswith("0 "), (tmp_path / "0.err").read_text()
     processes[victim].kill()
     processes[victim].communicate()
     survivor = processes[1 - victim]

@@ -5,6 +5,7 @@ see is a file that was damaged later; for that, every array has a fingerprint, w
 """
 
 import logging
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +69,15 @@ class Checkpoints:
     Args:
         directory: a path, or a URI that Orbax writes to; made if need be.
         config: when, and which are kept.
+
+    Raises ConfigError if hosts see different directories under the path.
     """
 
     def __init__(self, directory: str, config: CheckpointConfig) -> None:
         self.config = config
         where = directory if "://" in directory else Path(directory).absolute()
+        if isinstance(where, Path):
+            _check_shared(where)
         self._manager = ocp.CheckpointManager(where, options=_options(config))
         self.directory = self._manager.directory
 
@@ -230,6 +235,25 @@ def _check_arrays(found: Mapping[str, Any], target: TrainState, where: str) -> N
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _check_shared(directory: Path) -> None:
+    """Raises ConfigError unless what the first process writes to a directory is there for all."""
+    if jax.process_count() == 1:
+        return
+    mark = directory / f".seen-{gather(uuid.uuid4().hex.encode())[0].decode()}"
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    multihost_utils.sync_global_devices("the mark is there")
+    seen = gather(str(int(mark.exists())).encode())
+    if jax.process_index() == 0:
+        mark.unlink()
+    if b"0" in seen:
+        raise ConfigError(
+            f"host {seen.index(b'0')} of {len(seen)} does not share {directory}, where checkpoints are to be written: "
+            "take an output on a network volume, or checkpoints in an object store (checkpoint_dir gs://...)"
+        )
 
 
 def gather(value: bytes) -> list[bytes]:
