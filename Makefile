@@ -77,7 +77,7 @@ fmt: $(INSTALLED)
 # Pins for every supported Python at once, without the addresses of any index.
 constraints: $(INSTALLED)
 	$(BIN)/uv pip compile --universal --no-header --no-annotate --python-version 3.11 \
-	  --extra train --extra cloud --extra hf --group dev --upgrade pyproject.toml -o constraints.txt
+	  --extra train --extra cloud --extra hf --extra ray --group dev --upgrade pyproject.toml -o constraints.txt
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

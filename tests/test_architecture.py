@@ -20,6 +20,7 @@ TRAINING_FLAGS = (
     *("--gradient-accumulation-steps", "--dtype", "--mesh", "--remat", "--pipeline-schedule", "--pipeline-stages"),
     *("--offload-optimizer", "--save-steps", "--save-total-limit", "--metric-for-best-model"),
     *("--checkpoint-dir", "--eval-steps", "--on-bad-step", "--loss-spike", "--report-to", "--profile"),
+    *("--on", "--print-k8s", "--hosts", "--accelerator", "--max-restarts", "--image", "--volume", "--node-selector"),
 )
 TUNING_FLAGS = (
     *("--output", "--dataset", "--split", "--model", "--max-length", "--batch-size", "--seed"),

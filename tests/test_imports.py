@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src"
 WEB = ("fastapi", "starlette", "uvicorn", "pydantic")
-HEAVY_OPTIONALS = ("transformers", "optax", "obstore", "matplotlib")
+HEAVY_OPTIONALS = ("transformers", "optax", "obstore", "matplotlib", "ray")
 
 # Imports the modules named in argv[2:] one by one; fails on the first that brings in one of those named in argv[1].
 PROBE = """

@@ -40,8 +40,8 @@ def numbers(count: int = 40, first: int = 0, *, name: str = "numbers", weight: f
     return Source(name=name, records=Numbered(count, first), encode=encode, weight=weight)
 
 
-def batches(*sources: Source, seed: int = 0, process: tuple[int, int] = (0, 1)) -> Batches:
-    return packed_batches(sources, rows=4, length=LENGTH, seed=seed, pad_id=0, process=process)
+def batches(*sources: Source, seed: int = 0, share: tuple[int, int] = (0, 1)) -> Batches:
+    return packed_batches(sources, rows=4, length=LENGTH, seed=seed, pad_id=0, share=share)
 
 
 def take(found: Batches, count: int) -> list[Rows]:
@@ -93,9 +93,9 @@ def test_a_restored_iterator_goes_on_where_the_other_stood(done: int) -> None:
     assert_same(take(restored, 10), wanted)
 
 
-def first_window(*sources: Source, process: tuple[int, int] = (0, 1)) -> list[Rows]:
+def first_window(*sources: Source, share: tuple[int, int] = (0, 1)) -> list[Rows]:
     """The rows that are packed together first."""
-    found = packed_batches(sources, rows=1, length=LENGTH, seed=0, process=process)
+    found = packed_batches(sources, rows=1, length=LENGTH, seed=0, share=share)
     rows: list[Rows] = []
     while True:
         row = next(found)
@@ -117,7 +117,7 @@ def test_weights_are_shares_of_the_rows() -> None:
 
 
 def test_processes_read_different_documents() -> None:
-    parts = [{n for n, _ in documents(first_window(numbers(4000), process=(i, 2)))} for i in range(2)]
+    parts = [{n for n, _ in documents(first_window(numbers(4000), share=(i, 2)))} for i in range(2)]
     assert min(map(len, parts)) > 300  # each less than an epoch's share of a process
     assert not parts[0] & parts[1]
 
@@ -129,7 +129,7 @@ def test_what_is_held_out_is_each_document_once() -> None:
     assert all(batch.tokens.shape == (4, LENGTH) for batch in found)
     few = first_batches(numbers(40), rows=4, length=LENGTH, count=2)
     assert len(few) == 2 and fill(iter(few)) > 0.9
-    parts = [first_batches(numbers(41, 1), rows=1, length=LENGTH, count=40, process=(i, 2)) for i in range(2)]
+    parts = [first_batches(numbers(41, 1), rows=1, length=LENGTH, count=40, share=(i, 2)) for i in range(2)]
     assert [len(part) for part in parts] == [40, 40]
     assert sorted(n for part in parts for n, _ in documents(part)) == list(range(1, 42))
 
@@ -146,8 +146,8 @@ def test_what_cannot_work_is_named() -> None:
         batches(numbers(weight=0.0))
     with pytest.raises(ConfigError, match="different names: numbers, numbers"):
         batches(numbers(), numbers())
-    with pytest.raises(DataError, match="3 rows, too few for 4 processes"):
-        batches(numbers(3), process=(0, 4))
+    with pytest.raises(DataError, match="3 rows, too few for 4 shares"):
+        batches(numbers(3), share=(0, 4))
 
 
 def test_an_error_says_which_row_it_is_of() -> None:

@@ -117,7 +117,7 @@ def test_seeds_follow_from_where_batches_stand() -> None:
     restored.set_state(state)
     for batch in wanted:
         jax.tree.map(np.testing.assert_array_equal, next(restored), batch)
-    elsewhere = SeededBatches(make_batches(), seed=1, process=1)
+    elsewhere = SeededBatches(make_batches(), seed=1, share=1)
     drawn = [batch.seeds for batch in (*first, *wanted, next(elsewhere))]
     assert len(np.unique(drawn)) == np.size(drawn)
     for opened in (batches, restored, elsewhere):

@@ -16,6 +16,7 @@ from tenfold.base.errors import ConfigError, DataError
 from tenfold.data.tokenizer import Tokenizer
 from tenfold.models.family import resolve
 from tenfold.nn import checkpoint
+from tenfold.parallel.layout import NOWHERE
 from tenfold.testing.tiny import write_tiny_checkpoint
 from tenfold.train.batches import WINDOW
 from tenfold.train.events import read_events
@@ -88,7 +89,7 @@ def test_training_goes_on_from_a_checkpoint_s_weights(model: Path, corpus: Path,
 
     one = config(model, corpus, training=TrainConfig(steps=1, plots=False))
     pretrain(one, tmp_path)
-    batch = next(_batches(one, one.datasets, Tokenizer.load(model)))
+    batch = next(_batches(one, one.datasets, Tokenizer.load(model), NOWHERE))
     family = resolve(checkpoint.read_config(model))
     params = checkpoint.load(model, family.params(), jnp.float32)
     wanted = next_token_loss(params, family, batch).mean

@@ -108,7 +108,7 @@ def _remove(store: "ObjectStore", step: str, names: Sequence[str]) -> None:
 
 def _whole(store: "ObjectStore") -> dict[str, list[str]]:
     """The names of the files of each checkpoint that is whole."""
-    parts: Iterable[Sequence[ObjectMeta]] = store.list()
+    parts: Iterable[Sequence[ObjectMeta]] = store.list()  # pyright: ignore[reportUnknownMemberType]
     found: dict[str, list[str]] = {}
     for path in (o["path"] for o in chain.from_iterable(parts)):
         step, _, name = path.partition("/")

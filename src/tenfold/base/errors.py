@@ -1,5 +1,8 @@
 """Every error that Tenfold raises on purpose, so that a caller can tell ours from a defect."""
 
+START_AGAIN = 75
+"""The exit status of a run that the same command would carry on: EX_TEMPFAIL of sysexits.h."""
+
 
 class TenfoldError(Exception):
     """Base of all deliberate errors. The message says what happened and what to change."""

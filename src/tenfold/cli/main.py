@@ -39,12 +39,13 @@ app.command(short_help="Merge an adapter into its model.")(merge)
 app.add_typer(train, name="train")
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
         import importlib.metadata
 
         print(importlib.metadata.version("tenfold"))
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

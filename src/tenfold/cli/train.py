@@ -48,7 +48,6 @@ def pretrain(
 ) -> None:
     """Train on documents: next-token prediction, from a checkpoint or from random weights."""
     from tenfold.cli.quantities import parse_count
-    from tenfold.parallel.hosts import join_hosts
     from tenfold.train.pretrain import Dataset, PretrainConfig, plan_pretraining
     from tenfold.train.pretrain import pretrain as run
 
@@ -67,7 +66,6 @@ def pretrain(
     if plan:
         print(plan_pretraining(config))
         return
-    join_hosts()
     options.say_how_it_ended(run(config, output), output)
 
 

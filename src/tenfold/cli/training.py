@@ -1,6 +1,6 @@
 """The options that the recipes of `tenfold train` share, under the names that the trainer of transformers has for them.
 
-A command takes them all at once, by `trains`.
+A command takes them all at once, by `trains`, and those of `hosts`.
 """
 
 import functools
@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tenfold.base.errors import ConfigError
+from tenfold.base import paths
+from tenfold.base.errors import START_AGAIN, ConfigError
+from tenfold.cli import hosts
 
 if TYPE_CHECKING:
     from tenfold.train.parallelism import Parallelism
@@ -269,6 +271,8 @@ def trains(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., Non
     """Gives a command the options of `parallelism_config` and `train_config` besides its own; it takes what comes of
     them as `training`.
 
+    It also has the options of `hosts.send`, by which it runs elsewhere. Here it is one of the hosts of the environment.
+
     Args:
         defaults: of this command, where they are others, by the options' names.
     """
@@ -281,6 +285,10 @@ def trains(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., Non
         for config in (parallelism_config, train_config)
     )
     shared = [*run_options, *spread]
+    sending = [
+        p.replace(kind=p.KEYWORD_ONLY, annotation=typer.Context if p.name == "context" else p.annotation)
+        for p in inspect.signature(hosts.send).parameters.values()
+    ]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [
@@ -290,13 +298,16 @@ def trains(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., Non
         ]
 
         def run(**given: Any) -> None:
+            if hosts.send(**{p.name: given.pop(p.name) for p in sending}):
+                return
             parallelism = parallelism_config(**{p.name: given.pop(p.name) for p in spread})
             training = train_config(parallelism, **{p.name: given.pop(p.name) for p in run_options})
-            command(**given, training=training)
+            with hosts.as_one():
+                command(**given, training=training)
 
         made: Any = functools.update_wrapper(run, command)
-        made.__signature__ = inspect.Signature([*own, *shared])
-        made.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}  # what typer reads
+        made.__signature__ = inspect.Signature([*own, *shared, *sending])
+        made.__annotations__ = {p.name: p.annotation for p in (*own, *shared, *sending)}  # what typer reads
         return made
 
     return decorate
@@ -330,8 +341,11 @@ def dataset_weights(datasets: list[str], weights: list[float] | None) -> list[fl
 
 
 def say_how_it_ended(trained: "Trained", output: Path) -> None:
-    """The last line of a command that trains."""
+    """The last line of a command that trains; and if something else started it on hosts, so that it may do so again,
+    the exit status of one that is not done."""
     if trained.finished:
         print(f"The model is in {output / 'model'}. Serve it with: tenfold serve {output / 'model'}")
     else:
         print(f"Stopped after step {int(trained.state.step)}, with a checkpoint. The same command goes on from there.")
+        if paths.cluster() is not None:
+            raise typer.Exit(START_AGAIN)

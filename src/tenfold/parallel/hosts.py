@@ -8,53 +8,54 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
+from jax.experimental import multihost_utils
 
 from tenfold.base.errors import ConfigError, HostLostError
 from tenfold.base.paths import cluster
 
 HEARTBEAT_TIMEOUT_S = 30  # without a sign of a host, until the others give it up
-SHUTDOWN_TIMEOUT_S = 10  # that a host waits for the others at its end
+SHUTDOWN_TIMEOUT_S = 60  # that a host waits at its end for the others, which are done as well
 
 
-def join_hosts() -> int:
-    """Joins the hosts that the environment names, and returns how many there are: 1 if it names none.
+@contextmanager
+def joined_hosts() -> Iterator[int]:
+    """Around all that this process computes with the hosts that the environment names; gives how many there are.
 
-    To be called before jax is used. `JAX_COORDINATOR_ADDRESS` is host:port of the first process, `JAX_NUM_PROCESSES`
-    says how many there are, and `JAX_PROCESS_ID` which of them this is.
+    To be entered before jax is used. `JAX_COORDINATOR_ADDRESS` is host:port of the first process, `JAX_NUM_PROCESSES`
+    says how many there are, and `JAX_PROCESS_ID` which of them this is. If the environment names none, there is one.
+    The block ends when it has ended on all hosts, unless it raises.
 
     Raises:
-        ConfigError: some of these variables are unset or no numbers, or the others cannot be reached.
+        ConfigError: some of these variables are unset or no numbers, or jax was used before.
+        HostLostError: another host is gone, or does not come. Where jax itself is the first to see that, it ends the
+            process at once, by SIGABRT.
     """
     found = cluster()
     if found is None:
-        return 1
+        yield 1
+        return
     coordinator, count, index = found
     try:
         jax.distributed.initialize(
             coordinator,
             count,
             index,
+            cluster_detection_method="deactivate",  # of a scheduler, which would give each process a single device
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
         )
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"process {index} of {count} cannot join the others at {coordinator}: {error}") from error
-    return count
-
-
-@contextmanager
-def watching_hosts() -> Iterator[None]:
-    """Around what hosts compute together.
-
-    Raises:
-        HostLostError: in place of the device's own error, where there are several hosts.
-    """
-    try:
-        yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        raise HostLostError(f"process {index} of {count} cannot join the others at {coordinator}: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"process {index} of {count} cannot join others: {error}") from error
+    try:
+        yield count
+        if count > 1:
+            multihost_utils.sync_global_devices("all hosts are done")  # while the first one writes the model
+    except jax.errors.JaxRuntimeError as error:
+        if count == 1:
             raise
         raise HostLostError(
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on: another one is gone, or cannot be "
-            f"reached. Start all of them again, from their last checkpoint. ({str(error).splitlines()[0][:300]})"
+            f"process {index} of {count} cannot go on: another one is gone, or cannot be reached. Start all of them "
+            f"again, from their last checkpoint. ({str(error).splitlines()[0][:300]})"
         ) from error

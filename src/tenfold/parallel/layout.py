@@ -12,6 +12,7 @@ Dims: R rows, L tokens of a row, C devices of the context; T = R · L.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -54,11 +55,47 @@ class Layout:
             raise ConfigError("a batch has no sharding without a mesh")
         return NamedSharding(self.mesh, PartitionSpec(self.row_axes))
 
+    @cached_property
+    def row_shares(self) -> tuple[int, ...]:
+        """Of each process, which share of a batch's rows its devices hold; shares are counted from 0.
+
+        Processes whose devices hold the same rows, such as the stages of a pipeline, have the same share.
+
+        Raises ConfigError if there are several processes and the mesh does not have all of their devices, or if some of
+        their rows, but not all, are the same.
+        """
+        count, ways = jax.process_count(), self.size(*self.row_axes)
+        if count == 1:
+            return (0,)
+        if self.mesh is None or self.mesh.size < jax.device_count():
+            raise ConfigError(
+                f"{count} processes have {jax.device_count()} devices, and a run takes all of them: name a mesh of as "
+                f"many, such as --mesh data={jax.device_count()}"
+            )
+        held: list[set[int]] = [set() for _ in range(count)]
+        for device, (rows, *_) in self.rows.devices_indices_map((ways,)).items():
+            held[device.process_index].add(rows.start or 0)
+        shares = sorted({tuple(sorted(rows)) for rows in held})
+        if len(shares) * len(shares[0]) != ways or len({len(share) for share in shares}) > 1:
+            spread = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+            raise ConfigError(
+                f"the mesh {spread} lies over {count} processes so that some have a part of their rows in common: "
+                "make sizes of axes multiples of a process's devices, or divisors"
+            )
+        return tuple(shares.index(tuple(sorted(rows))) for rows in held)
+
+    @property
+    def row_share(self) -> tuple[int, int]:
+        """Which share of a batch's rows this process has to read, and how many there are. Raises as `row_shares`."""
+        return self.row_shares[jax.process_index()], max(self.row_shares) + 1
+
     def check(self, rows: int, length: int, micro_batches: int = 1) -> None:
-        """Raises ConfigError, saying what to change, unless batches of this shape divide over the mesh."""
-        ways = self.size(*self.row_axes) * micro_batches
+        """Raises ConfigError, saying what to change, unless batches of this shape divide over the mesh and hosts."""
+        _, shares = self.row_share
+        ways = self.size(*self.row_axes) * micro_batches  # a multiple of the shares
         if rows % ways:
             spread = " · ".join(f"{axis}={self.size(axis)}" for axis in self.row_axes) or "one device"
+            spread += f" on {shares} hosts" if shares > 1 else ""
             raise ConfigError(
                 f"{rows} rows of a batch do not divide over {spread} and {micro_batches} micro-batches: "
                 f"make them a multiple of {ways}"

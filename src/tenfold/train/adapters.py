@@ -26,7 +26,7 @@ from tenfold.nn.stack import Placement, stack_weights
 from tenfold.parallel.layout import Layout
 from tenfold.train.batches import Batches
 from tenfold.train.dropout import Seeded, SeededBatches
-from tenfold.train.export import copy_other_files, export_model, stored_dtype
+from tenfold.train.export import copy_other_files, export_model, stored_dtype, to_all_hosts
 from tenfold.train.flops import flops_per_token
 from tenfold.train.loss import Loss, LossSum, StagedLoss
 from tenfold.train.pipeline import AXIS
@@ -204,7 +204,7 @@ class Start:
         """Trains as `trainer.train`, and writes what came of it to `output`/model, once all steps are done: a
         checkpoint, or an adapter."""
         if self._drops:
-            batches = SeededBatches(batches, self.config.seed, jax.process_index())
+            batches = SeededBatches(batches, self.config.seed, self.layout.row_share[0])
         trained = train(job, self.config.training, batches, output, evaluate=evaluate)
         if trained.finished:
             self._write(trained, output)
@@ -215,7 +215,9 @@ class Start:
         if lora_config is None:
             dtype = stored_dtype(self.hf)
             export_model(output / "model", self.model, weights, config=self.hf, like=self.path, dtype=dtype)
-        elif jax.process_index() == 0:
+            return
+        weights = to_all_hosts(weights)
+        if jax.process_index() == 0:
             copy_other_files(self.path, output / "model")
             base = name_of_base(self.path) if Path(self.config.model).exists() else self.config.model
             adapter_checkpoint.save(output / "model", self.declared, weights, lora_config, base=base)

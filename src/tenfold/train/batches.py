@@ -89,32 +89,32 @@ def packed_batches(
     length: int,
     seed: int,
     pad_id: int = 0,
-    process: tuple[int, int] = (0, 1),
+    share: tuple[int, int] = (0, 1),
     threads: int = 4,
 ) -> Batches:
     """Endless batches of `Rows` [rows, length]; the same arguments give the same ones.
 
-    Each source is shuffled anew every time it is through. Processes read different rows of data.
+    Each source is shuffled anew every time it is through. Shares are of different rows of data.
 
     Args:
         sources: with different names.
-        rows: of this process in a batch.
+        rows: of this share in a batch.
         length: tokens of a row.
         seed: of the shuffles.
         pad_id: of what no document fills.
-        process: the index of this process, and how many there are.
+        share: which share of the rows is read here, and how many there are, as of `Layout.row_share`.
         threads: that read and encode each source.
 
     Raises:
         ConfigError: if a weight is not positive or names repeat.
-        DataError: if a source has fewer rows than there are processes.
+        DataError: if a source has fewer rows than there are shares.
     """
     if not sources or any(source.weight <= 0 for source in sources):
         raise ConfigError("every source of data needs a weight above 0, and there must be one at least")
     if len({source.name for source in sources}) < len(sources):
         raise ConfigError(f"sources of data must have different names: {', '.join(s.name for s in sources)}")
     packed = {
-        source.name: _PackedRows(_encoded(source, seed + i, process, threads), length, pad_id, seed + i)
+        source.name: _PackedRows(_encoded(source, seed + i, share, threads), length, pad_id, seed + i)
         for i, source in enumerate(sources)
     }
     if len(packed) == 1:
@@ -126,22 +126,22 @@ def packed_batches(
 
 
 def first_batches(
-    source: Source, *, rows: int, length: int, count: int, pad_id: int = 0, process: tuple[int, int] = (0, 1)
+    source: Source, *, rows: int, length: int, count: int, pad_id: int = 0, share: tuple[int, int] = (0, 1)
 ) -> list[Rows]:
     """The first documents of a source, in their order, packed: what is held out, each document once.
 
     Args:
         source: whose weight does not count.
-        rows, length, pad_id, process: as of `packed_batches`.
-        count: batches at most; fewer if the documents do not fill them. Of several processes, all have as many.
+        rows, length, pad_id, share: as of `packed_batches`.
+        count: batches at most; fewer if the documents do not fill them. Of several shares, all have as many.
 
     Raises:
         DataError: if there is nothing to measure on.
     """
-    index, processes = process
+    index, shares = share
     examples: list[Example] = []
     found, wanted = 0, count * rows * length
-    for number in range(index, len(source.records), processes):
+    for number in range(index, len(source.records), shares):
         new = source.encode(source.records[number])
         examples += new
         found += sum(len(ids) for ids, _ in new)
@@ -150,7 +150,7 @@ def first_batches(
     packed = pack(examples, length, pad_id)
     if not len(packed.tokens):
         raise DataError(f"{source.name} has no text to measure on")
-    batches = count if processes > 1 else min(count, -(-len(packed.tokens) // rows))
+    batches = count if shares > 1 else min(count, -(-len(packed.tokens) // rows))
     missing = max(0, batches * rows - len(packed.tokens))
     fills = Rows(pad_id, 0, 0, 0.0)
     whole = [
@@ -165,10 +165,10 @@ def stack_rows(rows: Sequence[Rows]) -> Rows:
     return Rows(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
 
 
-def _encoded(source: Source, seed: int, process: tuple[int, int], threads: int) -> grain.IterDataset:
-    index, count = process
+def _encoded(source: Source, seed: int, share: tuple[int, int], threads: int) -> grain.IterDataset:
+    index, count = share
     if len(source.records) < count:
-        raise DataError(f"{source.name} has {len(source.records)} rows, too few for {count} processes")
+        raise DataError(f"{source.name} has {len(source.records)} rows, too few for {count} shares")
 
     def encode(number: int) -> Sequence[Example]:
         try:
@@ -240,10 +240,16 @@ _MOST_EMPTY = 100_000
 
 
 def place(batch: Any, layout: Layout) -> Any:
-    """A batch of this process's rows as one of all processes' on a mesh; as it is where there is none."""
+    """A batch of this process's share of rows as one of all rows on a mesh; as it is where there is none."""
     if layout.mesh is None:
         return batch
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout.rows, np.asarray(x)), batch)
+    _, shares = layout.row_share
+
+    def whole(own: np.ndarray) -> jax.Array:
+        shape = (len(own) * shares, *own.shape[1:])
+        return jax.make_array_from_process_local_data(layout.rows, np.asarray(own), shape)
+
+    return jax.tree.map(whole, batch)
 
 
 def fill(batches: Iterator[Rows]) -> float:

@@ -5,6 +5,7 @@ see is a file that was damaged later; for that, every array has a fingerprint, w
 """
 
 import logging
+import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ class Checkpoints:
         config: when, and which are kept.
 
     Raises:
-        ConfigError: for another URI, or an object store and several processes.
+        ConfigError: for another URI, an object store and several processes, or hosts that see different directories
+            under the path.
         CheckpointError: if the object store cannot be read.
     """
 
@@ -91,6 +93,7 @@ class Checkpoints:
                 self._copies = opened.enter_context(closing(_fetch_copies(directory, path)))
             else:
                 path = _find(directory)
+                _check_shared(path)
             self._manager = ocp.CheckpointManager(path, options=_options(config))
             self._opened = opened.pop_all()
         self.directory = self._manager.directory
@@ -279,6 +282,25 @@ def _check_arrays(found: Mapping[str, Any], target: TrainState, where: str) -> N
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _check_shared(directory: Path) -> None:
+    """Raises ConfigError unless what the first process writes to a directory is there for all."""
+    if jax.process_count() == 1:
+        return
+    mark = directory / f".seen-{gather(uuid.uuid4().hex.encode())[0].decode()}"
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    multihost_utils.sync_global_devices("the mark is there")
+    seen = gather(str(int(mark.exists())).encode())
+    if jax.process_index() == 0:
+        mark.unlink()
+    if b"0" in seen:
+        raise ConfigError(
+            f"host {seen.index(b'0')} of {len(seen)} does not share {directory}, where checkpoints are to be written: "
+            "take an output on a network volume"
+        )
 
 
 def gather(value: bytes) -> list[bytes]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32
 
 from tenfold.base.errors import ConfigError, DataError, TenfoldError
@@ -22,6 +23,7 @@ from tenfold.data.tokenizer import Tokenizer
 from tenfold.models.family import Model
 from tenfold.nn.param import Tree
 from tenfold.nn.stack import PLAIN, Placement
+from tenfold.parallel.layout import NOWHERE, Layout
 from tenfold.train.adapters import TuningConfig, start
 from tenfold.train.example_batches import alone, example_batches
 from tenfold.train.loss import Loss, LossSum, hidden_states, in_stages, token_losses
@@ -203,9 +205,15 @@ def read_pairs(records: Records, tokenizer: Tokenizer, kind: str, length: int) -
     return alone([a for a, _ in pairs], length, pad_id), alone([b for _, b in pairs], length, pad_id)
 
 
-def reference_logprobs(params: Tree, model: Model, pairs: Sequence[Rows]) -> np.ndarray:
-    """Of each row of some `Rows` [N, L], the answer's log-probability: float32 [N, len(pairs)]; some at a time."""
-    score: Callable[[Tree, Rows], jax.Array] = jax.jit(lambda params, rows: answer_logprobs(params, model, rows))
+def reference_logprobs(params: Tree, model: Model, pairs: Sequence[Rows], layout: Layout = NOWHERE) -> np.ndarray:
+    """Of each row of some `Rows` [N, L], the answer's log-probability: float32 [N, len(pairs)]; some at a time.
+
+    `layout` says where the weights lie; all processes have all rows.
+    """
+    everywhere = None if layout.mesh is None else NamedSharding(layout.mesh, PartitionSpec())
+    score: Callable[[Tree, Rows], jax.Array] = jax.jit(
+        lambda params, rows: answer_logprobs(params, model, rows), out_shardings=everywhere
+    )
 
     def of(rows: Rows) -> np.ndarray:
         count = len(rows.tokens)
@@ -229,18 +237,17 @@ def dpo(config: DpoConfig, output: Path) -> Trained:
     """
     tuning = config.tuning
     begun = start(tuning)
-    if tuning.batch_size % jax.process_count():
-        raise ConfigError(f"a batch of {tuning.batch_size} pairs does not divide over {jax.process_count()} processes")
     records = open_records(config.dataset.where, _COLUMNS[config.format], split=config.dataset.split)
     chosen, rejected = read_pairs(records, begun.tokenizer, config.format, tuning.max_length)
     weights = begun.base if tuning.lora else begun.load_base()  # the latter is not needed again
-    reference = reference_logprobs(weights, begun.model, (chosen, rejected))
+    reference = reference_logprobs(weights, begun.model, (chosen, rejected), begun.layout)
     del weights
+    index, shares = begun.layout.row_share
     batches = example_batches(
         Pairs(chosen, rejected, reference),
-        rows=tuning.batch_size // jax.process_count(),
+        rows=tuning.batch_size // shares,
         seed=tuning.seed,
-        process=(jax.process_index(), jax.process_count()),
+        share=(index, shares),
     )
 
     def loss(placement: Placement) -> Loss:

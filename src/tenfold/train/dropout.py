@@ -33,18 +33,18 @@ class SeededBatches:
     """Batches, each with seeds; `Batches` themselves.
 
     Args:
-        batches: of this process.
+        batches: of this process's share of the rows.
         seed: of the run.
-        process: the index of this process.
+        share: which share of the rows this process reads, as of `Layout.row_share`.
     """
 
-    def __init__(self, batches: Batches, seed: int, process: int = 0) -> None:
-        self._batches, self._seed, self._process = batches, seed, process
+    def __init__(self, batches: Batches, seed: int, share: int = 0) -> None:
+        self._batches, self._seed, self._share = batches, seed, share
         self._drawn = 0
 
     def __next__(self) -> Seeded:
         batch = next(self._batches)
-        rng = np.random.default_rng([self._seed % 2**32, self._process, self._drawn])
+        rng = np.random.default_rng([self._seed % 2**32, self._share, self._drawn])
         self._drawn += 1
         return Seeded(batch, rng.integers(0, 2**32, len(jax.tree.leaves(batch)[0]), dtype=np.uint32))
 

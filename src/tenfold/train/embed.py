@@ -214,11 +214,9 @@ def embed(config: EmbedConfig, output: Path) -> Trained:
             options do not fit each other, or data or the model cannot be used.
         TrainingError: as `train`.
     """
-    tuning, processes = config.tuning, jax.process_count()
+    tuning = config.tuning
     begun = start(tuning)
     begun.refuse_pipeline("a pipeline's micro-batches would see their own passages only")
-    if tuning.batch_size % processes:
-        raise ConfigError(f"a batch of {tuning.batch_size} queries does not divide over {processes} processes")
     columns: dict[str, type] = {"query": str, "positive": str} | ({"negatives": list} if config.negatives else {})
     texts = read_texts(open_records(config.dataset.where, columns, split=config.dataset.split), begun.tokenizer, config)
     placement = begun.placement
@@ -228,8 +226,7 @@ def embed(config: EmbedConfig, output: Path) -> Trained:
         return embeddings(begun.weights(trainable, frozen), begun.model, rows, config.pooling, placement)
 
     grad = None if config.chunk is None else cached_gradient(embed_rows, config.temperature, config.chunk)
-    batches = example_batches(
-        texts, rows=tuning.batch_size // processes, seed=tuning.seed, process=(jax.process_index(), processes)
-    )
+    index, shares = begun.layout.row_share
+    batches = example_batches(texts, rows=tuning.batch_size // shares, seed=tuning.seed, share=(index, shares))
     with closing(batches):
         return begun.train(begun.job(loss, grad=grad), batches, output)

@@ -21,18 +21,18 @@ def alone(examples: Sequence[Example], length: int, pad_id: int) -> Rows:
     return Rows(*(np.concatenate(arrays) for arrays in zip(*rows, strict=True)))
 
 
-def example_batches(examples: Any, *, rows: int, seed: int, process: tuple[int, int] = (0, 1)) -> Batches:
+def example_batches(examples: Any, *, rows: int, seed: int, share: tuple[int, int] = (0, 1)) -> Batches:
     """Endless batches of some examples, shuffled anew every time all were seen.
 
     Args:
         examples: a pytree of arrays whose leading dim counts examples.
-        rows: of this process in a batch.
+        rows: of this share in a batch.
         seed: of the shuffles.
-        process: the index of this process, and how many there are; they have different examples.
+        share: which share of the rows is read here, and how many there are, as of `Layout.row_share`.
 
     Raises DataError if there are fewer examples than a batch has.
     """
-    index, count = process
+    index, count = share
     total = len(jax.tree.leaves(examples)[0])
     if total // count < rows:
         raise DataError(f"there are {total} examples, too few for a batch of {rows * count}; take a smaller batch_size")

@@ -33,8 +33,7 @@ def export_model(
         like: where the other files are.
         dtype: of the tensors in the files.
     """
-    if jax.process_count() > 1:
-        weights = jax.tree.map(lambda w: np.asarray(multihost_utils.process_allgather(w, tiled=True)), weights)
+    weights = to_all_hosts(weights)
     if jax.process_index() > 0:
         return
     copy_other_files(like, output)
@@ -47,6 +46,13 @@ def export_model(
         dtype=dtype,
         generation_config=json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else None,
     )
+
+
+def to_all_hosts(weights: Tree) -> Tree:
+    """Weights of which each process can read all; where there are several, in their memory. All of them call it."""
+    if jax.process_count() == 1:
+        return weights
+    return jax.tree.map(lambda w: np.asarray(multihost_utils.process_allgather(w, tiled=True)), weights)
 
 
 def stored_dtype(config: Mapping[str, Any]) -> jnp.dtype:

@@ -18,6 +18,7 @@ from tenfold.data.tokenizer import Tokenizer
 from tenfold.models.family import Model, resolve
 from tenfold.nn import checkpoint, param
 from tenfold.nn.param import Tree
+from tenfold.parallel.layout import NOWHERE, Layout
 from tenfold.parallel.mesh import parse_mesh
 from tenfold.train.batches import Batches, Source, encode_text, first_batches, packed_batches
 from tenfold.train.evaluation import Perplexity
@@ -96,9 +97,9 @@ def pretrain(config: PretrainConfig, output: Path) -> Trained:
     job = _job(config, path, model)
     evaluate = None
     if config.validation is not None:
-        held_out = _held_out(config, config.validation, tokenizer)
+        held_out = _held_out(config, config.validation, tokenizer, job.layout)
         evaluate = Perplexity(job.loss, held_out, layout=job.layout, dtype=config.training.dtype)
-    with closing(_batches(config, config.datasets, tokenizer)) as batches:
+    with closing(_batches(config, config.datasets, tokenizer, job.layout)) as batches:
         trained = train(job, config.training, batches, output, evaluate=evaluate)
     if trained.finished:
         weights = trained.state.trainable
@@ -183,26 +184,25 @@ def _source(config: PretrainConfig, dataset: Dataset, tokenizer: Tokenizer) -> S
     )
 
 
-def _shape(config: PretrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def _shape(config: PretrainConfig, tokenizer: Tokenizer, layout: Layout) -> dict[str, Any]:
     """Of this process's batches."""
-    processes = jax.process_count()
-    if config.batch_size % processes:
-        raise ConfigError(f"a batch of {config.batch_size} rows does not divide over {processes} processes")
+    index, shares = layout.row_share
     return {
-        "rows": config.batch_size // processes,
+        "rows": config.batch_size // shares,
         "length": config.max_length,
         "pad_id": tokenizer.pad_token_id or 0,
-        "process": (jax.process_index(), processes),
+        "share": (index, shares),
     }
 
 
-def _batches(config: PretrainConfig, datasets: Sequence[Dataset], tokenizer: Tokenizer) -> Batches:
+def _batches(config: PretrainConfig, datasets: Sequence[Dataset], tokenizer: Tokenizer, layout: Layout) -> Batches:
     sources = [_source(config, dataset, tokenizer) for dataset in datasets]
-    return packed_batches(sources, seed=config.seed, **_shape(config, tokenizer))
+    return packed_batches(sources, seed=config.seed, **_shape(config, tokenizer, layout))
 
 
-def _held_out(config: PretrainConfig, dataset: Dataset, tokenizer: Tokenizer) -> list[Rows]:
-    return first_batches(_source(config, dataset, tokenizer), count=config.eval_batches, **_shape(config, tokenizer))
+def _held_out(config: PretrainConfig, dataset: Dataset, tokenizer: Tokenizer, layout: Layout) -> list[Rows]:
+    shape = _shape(config, tokenizer, layout)
+    return first_batches(_source(config, dataset, tokenizer), count=config.eval_batches, **shape)
 
 
 def evaluate_model(
@@ -231,5 +231,5 @@ def evaluate_model(
     path = fetch(where, progress=True)
     model, tokenizer = resolve(checkpoint.read_config(path)), Tokenizer.load(path)
     check_fit(model, tokenizer, max_length)
-    measured = Perplexity(full_training(model), _held_out(config, dataset, tokenizer), dtype=dtype)
+    measured = Perplexity(full_training(model), _held_out(config, dataset, tokenizer, NOWHERE), dtype=dtype)
     return measured(checkpoint.load(path, model.params(stacked=True), jnp.float32, skipped=model.skipped()))

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from tenfold.base.errors import ConfigError
 from tenfold.data.packing import Example
 from tenfold.data.records import open_records
@@ -90,14 +88,12 @@ def answer_batches(config: SftConfig, begun: Start, datasets: tuple[Dataset, ...
 
     Raises ConfigError and DataError as `sft`.
     """
-    tuning, processes = config.tuning, jax.process_count()
+    tuning, (index, shares) = config.tuning, begun.layout.row_share
     if config.format == "messages" and not begun.tokenizer.has_chat_template:
         raise ConfigError(
             f"{begun.path} has no chat template: put one into its tokenizer_config.json, or train on prompts and "
             "completions"
         )
-    if tuning.batch_size % processes:
-        raise ConfigError(f"a batch of {tuning.batch_size} rows does not divide over {processes} processes")
     encode = encode_answers(begun.tokenizer, config.format, tuning.max_length)
     sources = [
         Source(
@@ -110,11 +106,11 @@ def answer_batches(config: SftConfig, begun: Start, datasets: tuple[Dataset, ...
     ]
     batches = packed_batches(
         sources,
-        rows=tuning.batch_size // processes,
+        rows=tuning.batch_size // shares,
         length=tuning.max_length,
         seed=tuning.seed,
         pad_id=begun.tokenizer.pad_token_id or 0,
-        process=(jax.process_index(), processes),
+        share=(index, shares),
     )
     with closing(batches):
         yield batches

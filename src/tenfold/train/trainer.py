@@ -22,7 +22,6 @@ from jax.sharding import SingleDeviceSharding
 
 from tenfold.base.errors import ConfigError, TrainingError
 from tenfold.nn.param import Tree, abstract
-from tenfold.parallel.hosts import watching_hosts
 from tenfold.parallel.layout import NOWHERE, Layout
 from tenfold.train.batches import Batches, place
 from tenfold.train.checkpoints import CheckpointConfig, Checkpoints, gather
@@ -134,7 +133,7 @@ def train(
     Args:
         job: what is trained.
         config: how.
-        batches: of this process's rows; numpy, and all of one shape.
+        batches: of this process's share of the rows; numpy, and all of one shape.
         run_dir: receives `config.json`, `events.jsonl` (a line per step, and one per evaluation), plots, checkpoints
             and profiles.
         evaluate: its numbers join the events.
@@ -143,10 +142,9 @@ def train(
         ConfigError: the options do not fit each other, the batches, the mesh, or the checkpoint.
         CheckpointError: there are checkpoints, and all are damaged.
         TrainingError: a loss was bad; says which batch's, and where that was written.
-        HostLostError: another host of the run is gone.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack, watching_hosts():
+    with ExitStack() as stack:
         stop = stack.enter_context(told_to_stop())
         return _Run(job, config, batches, run_dir, evaluate, stack).run(stop)
 
@@ -183,7 +181,7 @@ class _Run:
         self._kept = on_host(self._places) if config.parallelism.offload_optimizer else self._places
         reporters = make_reporters(config.report_to, run_dir) if self._main else []
         self._checkpoints = Checkpoints(config.checkpoint_dir or str(run_dir / "checkpoints"), config.checkpoints)
-        stack.callback(self._checkpoints.close)
+        stack.push(self._close_checkpoints)
         if self._main:
             (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
         self._drawn = 0
@@ -199,6 +197,10 @@ class _Run:
         self._peak = peak_flops(config.dtype) if job.flops_per_token else 0.0
         self._step = self._jit_step()
         self._clock = Stopwatch()
+
+    def _close_checkpoints(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error is None or not issubclass(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
+            self._checkpoints.close()  # which waits for the other hosts; otherwise one of them is gone
 
     # --- starting, and going back -----------------------------------------------------------------------------------
 
@@ -227,18 +229,21 @@ class _Run:
         if found is None:
             return None
         data = found.host["data"]
-        if len(data) != jax.process_count():
+        index, shares = self._job.layout.row_share
+        if len(data) != shares:
             raise ConfigError(
-                f"the run's data was read by {len(data)} processes; go on with as many, not {jax.process_count()}"
+                f"the run's data was read in {len(data)} shares, and now by hosts and a mesh that read it in {shares}: "
+                f"go on with {len(data)} hosts along data, fsdp and expert"
             )
-        self._batches.set_state(json.loads(data[jax.process_index()]))
+        self._batches.set_state(json.loads(data[index]))
         self._drawn = found.host["drawn"]
         self._skipped |= set(found.host["skipped"])
         self._guard = Guard(self._config.guard, found.host["losses"])
         return jax.device_put(found.state, self._kept)
 
     def _save(self, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
-        data = [part.decode() for part in gather(json.dumps(self._batches.get_state()).encode())]
+        states = [part.decode() for part in gather(json.dumps(self._batches.get_state()).encode())]
+        data = [state for _, state in sorted(dict(zip(self._job.layout.row_shares, states, strict=True)).items())]
         host = {"drawn": self._drawn, "skipped": sorted(self._skipped), "losses": self._guard.losses, "data": data}
         self._checkpoints.save(jax.device_put(state, self._places), host, metrics)
 
@@ -293,7 +298,7 @@ class _Run:
     def _place(self, batch: Any) -> Any:
         layout = self._job.layout
         rows, length = (*jax.tree.leaves(batch)[0].shape, 1)[:2]
-        layout.check(rows * jax.process_count(), length, self._config.parallelism.micro_batches)
+        layout.check(rows * layout.row_share[1], length, self._config.parallelism.micro_batches)
         return place(batch, layout)
 
     def _pauses(self, done: int) -> bool:
@@ -324,7 +329,7 @@ class _Run:
             self._go_back(pending, wrong)
             return True
         seconds = self._clock.step()
-        tokens = jax.tree.leaves(pending.batch)[0].size * jax.process_count()
+        tokens = jax.tree.leaves(pending.batch)[0].size * self._job.layout.row_share[1]
         numbers = {
             **metrics,
             "learning_rate": float(np.asarray(self._rate(pending.step - 1))),
