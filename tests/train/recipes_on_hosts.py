@@ -20,6 +20,7 @@ from tenfold.train.dpo import DpoConfig, dpo
 from tenfold.train.embed import EmbedConfig, embed
 from tenfold.train.events import read_events
 from tenfold.train.optimizers import OptimizerConfig
+from tenfold.train.parallelism import Parallelism
 from tenfold.train.pretrain import Dataset
 from tenfold.train.sft import SftConfig, sft
 from tenfold.train.trainer import TrainConfig, Trained
@@ -28,8 +29,8 @@ from tenfold.train.trainer import TrainConfig, Trained
 def recipes(shared: Path, mesh: str) -> Mapping[str, Callable[[Path], Trained]]:
     """Each recipe, to be given where to write."""
     optimizer = OptimizerConfig(learning_rate=0.01, schedule="constant", weight_decay=0.0)
-    run = TrainConfig(steps=2, plots=False, optimizer=optimizer)
-    given: dict[str, Any] = {"model": str(shared / "model"), "max_length": 32, "batch_size": 4, "mesh": mesh}
+    run = TrainConfig(steps=2, plots=False, optimizer=optimizer, parallelism=Parallelism(mesh=mesh))
+    given: dict[str, Any] = {"model": str(shared / "model"), "max_length": 32, "batch_size": 4}
     whole = TuningConfig(training=run, **given)
     lora = TuningConfig(training=run, lora=LoraConfig(r=2, use_dora=True), **given)
     chats, pairs, texts = (Dataset(where=str(shared / f"{name}.jsonl")) for name in ("chats", "pairs", "texts"))

@@ -23,6 +23,7 @@ from tenfold.train.dpo import DpoConfig, dpo
 from tenfold.train.embed import EmbedConfig, Texts, cached_gradient, contrastive_loss, embed, embeddings
 from tenfold.train.example_batches import alone
 from tenfold.train.optimizers import OptimizerConfig
+from tenfold.train.parallelism import Parallelism
 from tenfold.train.pretrain import Dataset
 from tenfold.train.sft import SftConfig, sft
 from tenfold.train.step import accumulate
@@ -47,9 +48,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def tuning(model: Path, **given: Any) -> TuningConfig:
+def tuning(model: Path, mesh: str = "", **given: Any) -> TuningConfig:
     run = TrainConfig(
-        steps=3, plots=False, optimizer=OptimizerConfig(learning_rate=0.01, schedule="constant", weight_decay=0.0)
+        steps=3,
+        plots=False,
+        optimizer=OptimizerConfig(learning_rate=0.01, schedule="constant", weight_decay=0.0),
+        parallelism=Parallelism(mesh=mesh),
     )
     return TuningConfig(**{"model": str(model), "max_length": 32, "batch_size": 4, "training": run, **given})
 
@@ -186,7 +190,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(base: Path, tmp_path
         lora = LoraConfig(target_modules=("q_proj", "query"))
         sft(SftConfig(tuning=tuning(base, lora=lora), datasets=(data,)), tmp_path / "run")
     with pytest.raises(ConfigError, match="leave the axis pipeline out"):
-        sft(SftConfig(tuning=tuning(base, mesh="pipeline=2"), datasets=(data,)), tmp_path / "run")
+        embed(EmbedConfig(tuning=tuning(base, mesh="pipeline=2"), dataset=data), tmp_path / "run")
     bad = write(tmp_path / "bad.jsonl", lambda i: {"messages": chat("q", "a")[: 1 + (i < 11)]})
     with pytest.raises(DataError, match="bad.jsonl, line 12: .*no message of the assistant"):
         sft(SftConfig(tuning=tuning(base), datasets=(bad,)), tmp_path / "run")
