@@ -191,7 +191,7 @@ class Invariant:
                 assert [whole.tokens for whole in alone] == [expected] * request.params.n
 
 
-ONE_OF_A_KIND = ("full", "sliding", "chunked", "latent", "recurrent")  # of cache; `make slow` checks all engines
+ONE_OF_A_KIND = ("full", "sliding", "latent", "recurrent")  # of cache; `make slow` checks all engines
 
 
 def check_invariant(name: str, engine: Engine, examples: int, most: int) -> None:
@@ -234,7 +234,10 @@ class Visits(dict[tuple[str, int], Any]):
         return super().__getitem__(key)
 
 
-@pytest.mark.parametrize("name", list(ENGINES))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ONE_OF_A_KIND else pytest.mark.slow) for name in ENGINES],
+)
 def test_nothing_compiles_over_every_bucket(name: str, engines: Callable[[str], Engine]) -> None:
     engine = engines(name)
     runner = engine._runner

@@ -28,7 +28,9 @@ def own() -> str:
     return answer(None)
 
 
-@pytest.mark.parametrize("kind", [GGMLType.F32, GGMLType.BF16, GGMLType.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(GGMLType.F32, marks=pytest.mark.slow), GGMLType.BF16, GGMLType.Q8_0], ids=str
+)
 def test_the_answer_is_the_same(tmp_path: Path, own: str, kind: GGMLType) -> None:
     write_pico(tmp_path / "pico.gguf", kind)
     assert len(own) > 20

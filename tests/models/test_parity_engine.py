@@ -9,7 +9,7 @@ from tenfold.models import FAMILIES
 from tests.parity import golden
 from tests.parity.cases import CASES
 
-REPRESENTATIVES = ("gemma3-v4", "gpt_oss", "deepseek_v3", "qwen3_next")  # windows, sinks, latents, states
+REPRESENTATIVES = ("gpt_oss", "deepseek_v3")  # windows, sinks and experts; latents
 
 
 @pytest.fixture(scope="module", autouse=True)

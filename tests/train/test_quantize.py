@@ -73,9 +73,7 @@ def random_rows(model: Model, seed: int = 0) -> Rows:
     return pack([(ids, [True] * len(ids)) for ids in texts], 48)
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case != SOME[0])) for case in SOME]
-)
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=pytest.mark.slow) for case in SOME])
 def test_a_family_is_calibrated_written_and_read(case: Case, tmp_path: Path) -> None:
     model = resolve(case.config).with_max_len(case.max_len)
     params = initialize(model.params(), jax.random.key(1), jnp.float32)
