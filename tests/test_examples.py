@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-TRAINS = ("04_private_fine_tuning", "05_gradient_noise_scale")  # which compiles for a minute
+QUICK = ("02_chat", "03_serve")  # the first has what 01_generate has, and others compile for a minute
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def environment(tmp_path_factory):
 @pytest.mark.timeout(600)  # the first one compiles
 @pytest.mark.parametrize(
     "example",
-    [pytest.param(path, marks=pytest.mark.slow if path.stem in TRAINS else ()) for path in EXAMPLES],
+    [pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.slow) for path in EXAMPLES],
     ids=lambda path: path.stem,
 )
 def test_runs(example, environment):

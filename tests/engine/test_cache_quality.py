@@ -44,7 +44,7 @@ def plain(programs: None) -> Iterator[float]:
     yield perplexity("auto", NativeCache if native.library() else PagedCache)
 
 
-@pytest.mark.parametrize("cache", ["int8", "fp8"])
+@pytest.mark.parametrize("cache", [pytest.param("int8", marks=pytest.mark.slow), "fp8"])
 @pytest.mark.parametrize(
     "natively", [pytest.param(True, id="native"), pytest.param(False, id="XLA", marks=pytest.mark.slow)]
 )

@@ -258,7 +258,9 @@ def test_nothing_compiles_over_every_bucket(name: str, engines: Callable[[str], 
 # --- what a request may ask -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ONE_OF_A_KIND else pytest.mark.slow) for name in KINDS]
+)
 def test_greedy_tokens_and_their_logprobs(name: str, engines: Callable[[str], Engine]) -> None:
     params = replace(FREE, max_tokens=30, logprobs=5, prompt_logprobs=3)
     (completion,) = generate(engines(name), PROMPT, params)

@@ -76,7 +76,9 @@ def answers() -> list[Any]:
     return [gradient(inputs, layout) for layout in (NOWHERE, Layout(make_mesh({"context": 4})))]
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("full", "chunk"))) for name in SPECS]
+)
 def test_a_shared_row_is_mixed_as_a_whole_one(name: str, answers: list[Any]) -> None:
     (gradients, results), (shared_gradients, shared_results) = answers
     np.testing.assert_allclose(shared_results[name], results[name], rtol=1e-5, atol=1e-5)

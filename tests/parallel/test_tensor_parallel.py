@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tenfold.models.family import resolve
 from tenfold.nn import checkpoint
@@ -67,6 +68,7 @@ def test_a_checkpoint_loads_onto_a_mesh(tmp_path: Path) -> None:
     assert_same_model(checkpoint.load(tmp_path, tree, "float32", shardings=shardings), single, {"tensor": 4})
 
 
+@pytest.mark.slow
 def test_random_weights_are_made_on_a_mesh() -> None:
     tree, mesh_shape = MODEL.params(), {"fsdp": 2, "tensor": 2}
     shardings = params.shardings(tree, make_mesh(mesh_shape))
