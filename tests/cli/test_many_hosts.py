@@ -129,6 +129,7 @@ def test_a_killed_host_ends_the_other_and_both_go_on_bit_for_bit(
     assert losses(tmp_path) == losses(whole)
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # by Ray, before it starts another program
 def test_hosts_on_ray_start_again_and_stop_together(shared: Path, whole: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
