@@ -118,8 +118,8 @@ def test_a_killed_host_ends_the_other_and_both_go_on_bit_for_bit(
     assert time.monotonic() - killed < HEARTBEAT_S + 15
     assert processes[victim].wait() == -signal.SIGKILL
     processes[victim].communicate()
-    # Where the process is gone that all report to, jax may see that before the devices do, and ends the others itself.
-    if survivor.returncode == -signal.SIGABRT and victim == 0:
+    # jax may hear of it before the devices do, and ends the others itself.
+    if survivor.returncode == -signal.SIGABRT:
         assert "distributed service detected fatal errors" in said
     else:
         assert survivor.returncode == START_AGAIN, said[-4000:]
