@@ -96,7 +96,7 @@ def test_several_weights_at_once_give_what_each_gives_alone():
 # --- quantised weights ----------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=25)
 @given(st.sampled_from([4, 8]), st.sampled_from([8, 32, 128]), st.integers(1, 4), st.integers(1, 70), st.booleans())
 def test_dequantisation_follows_its_definition(bits, group, groups, N, affine):
     weight, values = quantized(np.random.default_rng(N), group * groups, N, bits, group, affine=affine)

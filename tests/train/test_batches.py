@@ -80,7 +80,9 @@ def test_the_same_arguments_give_the_same_batches_and_other_seeds_others() -> No
     assert (other[0].tokens != first[0].tokens).any()
 
 
-@pytest.mark.parametrize("done", [1, 64, 70])  # a window of 256 rows is 64 batches
+@pytest.mark.parametrize(
+    "done", [1, 64, 70, *(pytest.param(done, marks=pytest.mark.slow) for done in (0, 63, 65))]
+)  # a window of 256 rows is 64 batches
 def test_a_restored_iterator_goes_on_where_the_other_stood(done: int) -> None:
     sources = numbers(), numbers(20, 100, name="b", weight=0.5)
     original = batches(*sources)

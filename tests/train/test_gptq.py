@@ -58,7 +58,8 @@ def test_every_code_is_that_of_the_definition(seed: int, shape: tuple[int, int |
     assert np.abs(got - wanted).max() <= 1 if bits == 4 else True
 
 
-@settings(max_examples=4)
+@pytest.mark.slow
+@settings(max_examples=20)
 @given(
     st.integers(0, 2**31), st.sampled_from([(32, 8), (64, 16), (160, 32), (200, None)]), st.just(40),
     st.sampled_from([4, 8]),
@@ -75,7 +76,8 @@ def test_products_are_closer_than_with_the_nearest_codes(
     assert (found.bits, found.group, found.dims) == (nearest.bits, nearest.group, nearest.dims)
 
 
-@settings(max_examples=3)
+@pytest.mark.slow
+@settings(max_examples=15)
 @given(st.integers(0, 2**31), st.sampled_from([(7, None), (130, 10), (256, 64)]), st.sampled_from([4, 8]))
 def test_uncorrelated_inputs_are_rounded_to_the_nearest(seed: int, shape: tuple[int, int | None], bits: int) -> None:
     D, group = shape
