@@ -129,8 +129,11 @@ class Simulation:
                 seq.status = Status.FINISHED
         self.step += 1
         before, known = list(self.scheduler.running), {seq: seq.known for seq in self.sequences}
+        prompts = min(self.scheduler.num_waiting, self.scheduler.num_free_slots)
+        prompts += sum(seq.known - seq.computed > 1 for seq in before)
+        crowd = prompts > sum(seq.known - seq.computed == 1 and not seq.exhausted for seq in before)
         plan = self.scheduler.schedule()
-        self._check_plan(plan, before, known)
+        self._check_plan(plan, before, known, crowd=crowd)
         result = None
         if plan is not None:
             self.plans.append(plan)
@@ -151,13 +154,15 @@ class Simulation:
             self.scheduler.finish(seq)
             self.finished[int(seq.request_id)] = seq.tokens[seq.prompt_length :]
 
-    def _check_plan(self, plan: Plan | None, before: list[Sequence], known: dict[Sequence, int]) -> None:
+    def _check_plan(
+        self, plan: Plan | None, before: list[Sequence], known: dict[Sequence, int], *, crowd: bool
+    ) -> None:
         scheduler, chunks = self.scheduler, plan.chunks if plan else ()
         preempted = [seq for seq in before if seq.status is Status.WAITING]
         admitted = [chunk.seq for chunk in chunks if chunk.admitted]
         decodes = sum(chunk.length == 1 and not chunk.admitted for chunk in chunks)
         assert sum(chunk.length for chunk in chunks) <= self.sizes.max_num_batched_tokens
-        if decodes and self.sizes.prefill_share is not None:
+        if decodes and self.sizes.prefill_share is not None and not crowd:  # fewer wait for a first token than a next
             assert sum(chunk.length for chunk in chunks) <= decodes + len(preempted) + max(1, self.sizes.prefill_share)
         assert [chunk.length > 1 for chunk in chunks] == sorted(chunk.length > 1 for chunk in chunks)
         assert len({chunk.seq.slot for chunk in chunks} - {-1}) == len(chunks)
@@ -314,6 +319,17 @@ def test_decodes_go_on_while_a_prompt_is_computed_in_chunks() -> None:
     assert len(mixed) == 9  # 20 tokens, two at a time; the last chunk samples
     for plan in mixed:
         assert [chunk.length for chunk in plan.chunks] == [1, 1, 2]
+
+
+@pytest.mark.parametrize(("length", "expected"), [(3, [1, 3, 3, 3]), (4, [1, 1])])
+def test_one_step_of_many_prompts_may_hold_up_few_decodes(length: int, expected: list[int]) -> None:
+    """Three prompts and a decode, and room for 10 tokens: prompts that fit are computed at once, others in chunks."""
+    size = Sizes(max_num_seqs=4, max_num_batched_tokens=10, prefill_share=1, longest=4.0)
+    prompt = tuple(range(length))
+    asked = [Request(prompt=(1, 2), max_tokens=30), *[Request(prompt=prompt, arrives=3)] * 3]
+    simulation = serve(size, asked, lambda s: all(seq.computed for seq in s.sequences))
+    first = next(plan for plan in simulation.plans if any(chunk.seq.request_id == "1" for chunk in plan.chunks))
+    assert [chunk.length for chunk in first.chunks] == expected
 
 
 def test_one_step_ahead_a_token_after_the_last_is_dropped() -> None:

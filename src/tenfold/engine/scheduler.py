@@ -107,7 +107,7 @@ class Scheduler:
         """
         chunks: list[Chunk] = []
         decodes = {seq for seq in self.running if seq.known - seq.computed == 1 and not seq.exhausted}
-        budget = min(self.max_num_batched_tokens, max(len(decodes) + 1, self.prefill_budget(len(decodes))))
+        budget = self._budget(len(decodes))
         crowded = False
         for seq in sorted(self.running, key=lambda s: s.order):
             decodes.discard(seq)
@@ -123,6 +123,15 @@ class Scheduler:
         if not chunks:
             return None
         return Plan(tuple(sorted(chunks, key=lambda chunk: chunk.length > 1)))
+
+    def _budget(self, decodes: int) -> int:
+        """Tokens of the next step: few enough not to hold up its decodes, unless more sequences than those wait for
+        their first token and get it by one step of all their prompts."""
+        prompts = [seq.known - seq.computed for seq in self.running if seq.known - seq.computed > 1]
+        prompts += [seq.known for _, seq in self._waiting[: self.num_free_slots]]
+        if len(prompts) > decodes and decodes + sum(prompts) <= self.max_num_batched_tokens:
+            return self.max_num_batched_tokens
+        return min(self.max_num_batched_tokens, max(decodes + 1, self.prefill_budget(decodes)))
 
     def _make_room(self, seq: Sequence, length: int) -> bool:
         """Preempts those served after `seq` until it can hold `length` tokens; False if that is not enough."""
