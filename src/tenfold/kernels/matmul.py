@@ -207,7 +207,22 @@ def reference(x: Float[Array, "M D"], weight: Weight, dtype: DTypeLike | None = 
     assert not isinstance(weight, PackedWeight), "packed weights are for native products only"
     if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize(x.dtype)
-    return jnp.matmul(x, weight.reshape(x.shape[1], -1), preferred_element_type=dtype)
+    weight = weight.reshape(x.shape[1], -1)
+    return jnp.matmul(x, weight) if dtype is None or dtype == x.dtype else _wide_product(x, weight, jnp.dtype(dtype))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _wide_product(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A product whose sums are not rounded to the dtype of its factors. Gradients are products of that dtype, too:
+    by itself JAX would multiply in the wider one, several times slower where matrix units are."""
+    return jnp.matmul(x, weight, preferred_element_type=dtype)
+
+
+@_wide_product.defjvp
+def _(dtype: jnp.dtype, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, weight), (to_x, to_weight) = primals, tangents
+    moved = jnp.matmul(to_x, weight) + jnp.matmul(x, to_weight)
+    return _wide_product(x, weight, dtype), moved.astype(dtype)
 
 
 def _adapted_product(x: jax.Array, weight: AdaptedWeight, dtype: DTypeLike | None) -> jax.Array:
