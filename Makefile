@@ -5,6 +5,7 @@
 #   make slow     the tests marked slow: many more generated cases, for minutes
 #   make check    formatting, lint, layering, types, sizes, dependencies
 #   make parity   the same models in transformers on torch, compared live; installs torch into .venv-peers
+#   make gpu      on an NVIDIA GPU, with jax for CUDA in .venv: every family against transformers' answers, and the kernels
 #   make asan     the native kernels' tests, with them built under AddressSanitizer
 #   make wheel    build a wheel where there is no compiler, install it into an empty environment, and run doctor there
 #   make bench    the benchmarks, against the same peers (BENCHMARKS="server" ARGS="--help" for one of them)
@@ -27,17 +28,25 @@ LLAMA_CPP := llama-cpp-python==0.3.36
 # The newest interpreter that works here; `make PYTHON=/path/to/python3.12 test` chooses another.
 PYTHON ?= $(shell tools/find-python)
 
-.PHONY: run test slow asan wheel check parity bench pico fmt constraints clean
+.PHONY: run test slow gpu asan wheel check parity bench pico fmt constraints clean
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED)
 	@$(BIN)/tenfold serve $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow and not parity and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow and not parity" $(ARGS)
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "slow and not parity" --timeout 3600 $(ARGS)
+
+gpu: export JAX_PLATFORMS := cuda
+gpu: export JAX_DEFAULT_MATMUL_PRECISION := highest
+gpu: export XLA_PYTHON_CLIENT_PREALLOCATE := false
+gpu: export XLA_FLAGS := --xla_gpu_autotune_level=0
+gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -n 4 -q -m "not parity" --timeout 3600 tests/models/test_parity.py \
+	  tests/models/test_parity_engine.py tests/kernels/test_flash_attention.py tests/kernels/test_paged_flash_attention.py $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ STRICT_JAX = {
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
 }
 os.environ.update(STRICT_JAX)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # `JAX_PLATFORMS=cuda pytest -m gpu` runs the others
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # `make gpu` names another
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on the network
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # all processes of a session share what is slow to compile
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tenfold-tests-")

@@ -17,7 +17,15 @@ PUBLIC_NAMES = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "_
 TRAINING_FLAGS = (
     *("--max-steps", "--optim", "--learning-rate", "--lr-scheduler-type", "--warmup-steps", "--decay-steps"),
     *("--min-lr-ratio", "--weight-decay", "--adam-beta1", "--adam-beta2", "--max-grad-norm"),
-    *("--gradient-accumulation-steps", "--dtype", "--mesh", "--remat", "--pipeline-schedule", "--pipeline-stages"),
+    *(
+        "--gradient-accumulation-steps",
+        "--dtype",
+        "--mesh",
+        "--remat",
+        "--unroll-layers",
+        "--pipeline-schedule",
+        "--pipeline-stages",
+    ),
     *("--offload-optimizer", "--save-steps", "--save-total-limit", "--metric-for-best-model"),
     *("--checkpoint-dir", "--eval-steps", "--on-bad-step", "--loss-spike", "--report-to", "--profile"),
     *("--on", "--print-k8s", "--hosts", "--accelerator", "--max-restarts", "--image", "--volume", "--node-selector"),

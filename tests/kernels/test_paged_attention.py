@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tenfold.kernels import paged_attention as op
 from tenfold.kernels.attention import AttentionSpec
 
-K = 8
+K = 16
 LONGEST = 390
 NEW = 90
 

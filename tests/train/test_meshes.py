@@ -37,7 +37,7 @@ MIXED = [
     Case("llama", Parallelism(mesh="fsdp=4,tensor=2", remat="full")),
     Case("llama", Parallelism(mesh="data=2,fsdp=2,tensor=2")),
     Case("llama", Parallelism(mesh="data=2,context=4")),
-    Case("llama", Parallelism(mesh="fsdp=2,context=2,tensor=2", micro_batches=2, remat="dots")),
+    Case("llama", Parallelism(mesh="fsdp=2,context=2,tensor=2", micro_batches=2, remat="dots", unroll=True)),
     Case("llama", Parallelism(mesh="pipeline=2,data=4", micro_batches=4)),
     Case("llama", Parallelism(mesh="pipeline=2,fsdp=2,tensor=2", micro_batches=4, schedule="interleaved", stages=2)),
     Case("llama", Parallelism(mesh="pipeline=2,data=2,context=2", micro_batches=4, schedule="1f1b")),

@@ -73,13 +73,15 @@ class Runner:
         B = config.block_size
         self._blocks = -(-max_len // B)
         dtype = model.activation_dtype(params)
-        on_native = native.available(jax.tree.leaves(params)[0].devices().pop())
+        device = jax.tree.leaves(params)[0].devices().pop()
+        on_native = native.available(device)
         held = cache_dtype(config, dtype)
         self._caches = jax.tree.map(
             lambda spec: spec.make(pages[spec.reach], B, dtype, native=on_native, held=held), list(model.cache_specs())
         )
         self._history = jnp.zeros((config.max_num_seqs + 1, max_len), jnp.int32)
-        self._decodes = token_buckets(1, config.max_num_seqs)
+        # Elsewhere than on a CPU, products of fewer rows than a matrix unit has take no less time.
+        self._decodes = token_buckets(1 if device.platform == "cpu" else SMALLEST_MIXED, config.max_num_seqs)
         self._mixed = token_buckets(SMALLEST_MIXED, max(config.max_num_batched_tokens, SMALLEST_MIXED))
         self._rows = row_buckets(config.max_num_seqs)
         self._num_logprobs = min(MAX_LOGPROBS, model.config.V)

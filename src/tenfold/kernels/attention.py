@@ -59,6 +59,11 @@ Attend = Callable[[Any, Any, Any], tuple[Any, Any]]
 """(inputs, the layer's cache, spec) -> (outputs, the updated cache); `Heads` and AttentionSpec -> o_THK."""
 
 
+def on_gpu() -> bool:
+    """Whether what is traced now is for GPUs, unless it is told other devices."""
+    return jax.default_backend() == "gpu"
+
+
 def scores_mask(q_positions: Int[Array, "*q"], k_positions: Int[Array, "*k"], reach: Reach) -> jax.Array:
     """True where a query may see a key: not after it, and within reach. Broadcasts its arguments."""
     ahead = q_positions - k_positions

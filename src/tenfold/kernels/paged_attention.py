@@ -23,7 +23,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from tenfold.kernels.attention import NEG_INF, AttentionSpec, scores_mask, soft_cap, softmax
+from tenfold.kernels.attention import NEG_INF, AttentionSpec, on_gpu, scores_mask, soft_cap, softmax
+from tenfold.kernels.paged_flash_attention import attend_pages, has_tiles, query_block
 
 CHUNK_TOKENS = 256  # keys that one pass of the softmax covers
 QUERY_BLOCK = 64  # prefill queries that share one pass over the keys
@@ -279,7 +280,11 @@ def paged_attention(
     Returns:
         The packed outputs; tokens past the last row hold no meaning.
     """
-    pages = max(1, CHUNK_TOKENS // cache.k.shape[3])
+    B, K, H, J = cache.k.shape[3], q.shape[2], q.shape[1], cache.k.shape[1]
+    if on_gpu() and has_tiles(B, K):
+        attend = partial(attend_pages, cache=cache, sinks=sinks, spec=spec)
+        return attend_at_once(attend, q, batch, query_block(H, J), decode_only=decode_only)
+    pages = max(1, CHUNK_TOKENS // B)
     attend = partial(_attend, cache=cache, sinks=sinks, spec=spec, pages=pages)
     return attend_rows(attend, q, q.shape[2], batch, pages, decode_only=decode_only)
 
@@ -307,6 +312,35 @@ def attend_rows(
     batch = pad_tables(batch, pages)
     out = attend_decodes(attend, q, dim, batch)
     return out if decode_only else attend_prefills(attend, q, out, batch)
+
+
+def attend_at_once(
+    attend: Callable[..., jax.Array], q: Float[Array, "T H K"], batch: RaggedBatch, size: int, *, decode_only: bool
+) -> Float[Array, "T H K"]:
+    """What `attend_rows` computes, by two calls of `attend`: for all rows with one query token, and for all others.
+
+    These are cut into blocks of `size` queries, of which there can be so many as T tokens in S rows make.
+    """
+    T, S = q.shape[0], batch.kv_lens.shape[0]
+    rows = min(S, T)
+    lens = jnp.where(jnp.arange(rows) < batch.num_decodes, batch.kv_lens[:rows], 0)
+    out = attend(q[:rows, None], tables=batch.block_tables[:rows], positions=lens[:, None] - 1)[:, 0]
+    if decode_only:
+        return jnp.pad(out, ((0, T - rows), (0, 0), (0, 0)))
+    lengths = batch.query_starts[1:] - batch.query_starts[:-1]
+    row = jnp.arange(S)
+    prefills = (row >= batch.num_decodes) & (row < batch.num_seqs)
+    blocks = jnp.where(prefills, (lengths + size - 1) // size, 0)
+    ends = jnp.cumsum(blocks)
+    i = jnp.arange(T // size + S)
+    r = jnp.minimum(jnp.searchsorted(ends, i, side="right"), S - 1)
+    within = (i - ends[r] + blocks[r])[:, None] * size + jnp.arange(size)[None]  # queries of the row, counted
+    held = (i < ends[-1])[:, None] & (within < lengths[r][:, None])
+    tokens = jnp.where(held, batch.query_starts[r][:, None] + within, T)
+    positions = jnp.where(held, (batch.kv_lens - lengths)[r][:, None] + within, -1)
+    o = attend(q.at[tokens].get(mode="fill", fill_value=0), tables=batch.block_tables[r], positions=positions)
+    out = jnp.pad(out, ((0, T - rows), (0, 0), (0, 0)))
+    return out.at[tokens].set(o, mode="drop")
 
 
 def pad_tables(batch: RaggedBatch, pages: int) -> RaggedBatch:

@@ -6,16 +6,18 @@ their rows first: each device computes them whole.
 Dims: R rows, L tokens of a row; T = R · L.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from tenfold.kernels import convolution, latent_attention, recurrence
-from tenfold.kernels.attention import Attend, AttentionSpec, Heads, packed_attention, segment_starts
+from tenfold.kernels.attention import Attend, AttentionSpec, Heads, on_gpu, packed_attention, segment_starts
 from tenfold.kernels.convolution import ConvolutionSpec
+from tenfold.kernels.flash_attention import flash_attention
 from tenfold.kernels.latent_attention import Latents, LatentSpec
 from tenfold.kernels.recurrence import RecurrenceSpec
 from tenfold.kernels.ring_attention import Places, ring_attention
@@ -52,7 +54,8 @@ def packed_attend(segments: Int[Array, "R L"], layout: Layout = NOWHERE) -> Atte
         if layout.context > 1:
             return _attend_ring(heads.q, cache[0], cache[1], heads.sinks, segments, spec, layout), cache
         q, k, v = (x.reshape(R, L, *x.shape[1:]) for x in (heads.q, *cache))
-        o = packed_attention(q, k, v, segments, spec, heads.sinks)
+        mix = partial(attend_tiles, layout=layout) if on_gpu() else packed_attention
+        o = mix(q, k, v, segments, spec, heads.sinks)
         return o.reshape(R * L, *o.shape[2:]), cache
 
     def attend_latents(inputs: Latents, spec: LatentSpec) -> jax.Array:
@@ -73,6 +76,36 @@ def packed_attend(segments: Int[Array, "R L"], layout: Layout = NOWHERE) -> Atte
         return x if layout.context == 1 else layout.flatten(x.reshape(R, L, *x.shape[1:]))
 
     return attend
+
+
+def attend_tiles(
+    q: Float[Array, "R L H K"],
+    k: Float[Array, "R L J K"],
+    v: Float[Array, "R L J K"],
+    segments: Int[Array, "R L"],
+    spec: AttentionSpec,
+    sinks: Float[Array, " H"] | None = None,
+    *,
+    layout: Layout,
+    interpret: bool = False,
+) -> Float[Array, "R L H K"]:
+    """`flash_attention` of the rows and heads that each device has, which the compiler cannot share out by itself.
+
+    Arguments as there, and the layout. Heads are whole on every device if those of keys do not divide over "tensor".
+    """
+    attend = partial(flash_attention, spec=spec, interpret=interpret)
+    if layout.mesh is None:
+        return attend(q, k, v, segments, sinks=sinks)
+    tensor = "tensor" if k.shape[2] % layout.size("tensor") == 0 and "tensor" in layout.mesh.shape else None
+    rows, heads = PartitionSpec(layout.row_axes, None, tensor), PartitionSpec(tensor)
+    return jax.shard_map(
+        lambda q, k, v, segments, sinks: attend(q, k, v, segments, sinks=sinks),
+        mesh=current(layout.mesh),
+        in_specs=(rows, rows, rows, PartitionSpec(layout.row_axes), heads),
+        out_specs=rows,
+        axis_names={*layout.row_axes, *([tensor] if tensor else [])},
+        check_vma=False,  # as below
+    )(q, k, v, segments, sinks)
 
 
 def _attend_ring(

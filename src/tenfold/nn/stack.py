@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from tenfold.base.errors import ConfigError
+from tenfold.kernels.flash_attention import KEPT
 from tenfold.nn.param import Tree, is_param, stack
 from tenfold.parallel.layout import NOWHERE, Layout
 
@@ -23,10 +24,12 @@ Block = Callable[[Any, Tree, Any, Any], tuple[Any, Any]]
 
 Remat = Literal["none", "full", "dots", "offload"]
 """What the gradient finds of a layer's activations: all; none but what goes into the layer; the results of its products
-with weights; or those, kept in the host's memory."""
+with weights, and on a GPU of attention; or those of products, kept in the host's memory."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["received"], meta_fields=["layout", "remat", "stage"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["received"], meta_fields=["layout", "remat", "unroll", "stage"]
+)
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """How training runs a model's layers.
@@ -34,12 +37,14 @@ class Placement:
     Attributes:
         layout: where activations lie.
         remat: what is kept of them for the gradient; the rest is computed again.
+        unroll: compile each of the stacked layers by itself. A scan copies what goes in and out of a layer.
         stage: whether the layers are the share of one stage of a pipeline.
         received: what a stage's first layer is given: what the stage before passed on; None for the first stage.
     """
 
     layout: Layout = NOWHERE
     remat: Remat = "none"
+    unroll: bool = False
     stage: bool = False
     received: Any = None
 
@@ -139,7 +144,7 @@ def run_layers(
     if isinstance(layers, dict):
         if caches is not None:
             raise ValueError("stacked layers hold no cache: serve with unstacked ones")
-        return _scan_layers(block, layers, kinds, x, sources), [None] * len(kinds)
+        return _scan_layers(block, layers, kinds, x, sources, unroll=False), [None] * len(kinds)
     traced = jax.jit(block, static_argnums=2)  # once for all layers of a kind; XLA inlines it again
     updated: list[Any] = []
     for i, params in enumerate(layers):
@@ -152,7 +157,9 @@ def run_layers(
     return x, [updated[i] if source is None else caches[i] for i, source in enumerate(sources)]
 
 
-def _scan_layers(block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any, sources: Sequence[int | None]) -> Any:
+def _scan_layers(
+    block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any, sources: Sequence[int | None], *, unroll: bool
+) -> Any:
     head, n = len(layers["head"]), len(layers["scan"])
     repeats = (len(kinds) - head) // n
     if repeats > 1 and any(source is not None for source in sources[head:]):  # each has a source of its own
@@ -174,7 +181,7 @@ def _scan_layers(block: Block, layers: Tree, kinds: Sequence[Hashable], x: Any, 
             x = run(head + i, x, params[i], updated)
         return x, None
 
-    x, _ = jax.lax.scan(body, x, layers["scan"])
+    x, _ = jax.lax.scan(body, x, layers["scan"], unroll=unroll)
     for i, params in enumerate(layers["tail"]):
         x = run(head + i, x, params, first)
     return x
@@ -193,11 +200,14 @@ def _run_placed(
 
     kept, x = _remat(run, placement.remat), _constrain(placement.layout, x)
     if not placement.stage:
-        x, caches = run_layers(kept, layers, kinds, x, sources=sources)
+        if isinstance(layers, dict):
+            x, caches = _scan_layers(kept, layers, kinds, x, sources, unroll=placement.unroll), [None] * len(kinds)
+        else:
+            x, caches = run_layers(kept, layers, kinds, x, sources=sources)
         return _constrain(placement.layout, x), caches
     _check_stage(layers, x, sources)
-    x, _ = run_layers(kept, layers, kinds, x if placement.received is None else placement.received)
-    x = _constrain(placement.layout, x)
+    received = x if placement.received is None else placement.received
+    x = _constrain(placement.layout, _scan_layers(kept, layers, kinds, received, sources, unroll=placement.unroll))
     return x, [x]
 
 
@@ -212,7 +222,9 @@ def _remat(block: Block, remat: Remat) -> Block:
     policies = jax.checkpoint_policies
     policy = {
         "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        "dots": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
+        ),
         "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     }[remat]
     return jax.checkpoint(block, policy=policy, static_argnums=2)
