@@ -12,6 +12,7 @@ import random
 import re
 import signal
 import statistics
+import string
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from workers import Worker
 from tenfold.base.builtin import builtin_model
 
 STREAMS, PROMPT = 16, 32
+LETTERS = {str(ord(letter)): 100 for letter in string.ascii_lowercase}  # random weights would give tokens without text
 SERVE = [str(Path(sys.executable).parent / "tenfold"), "serve"]
 
 
@@ -54,11 +56,13 @@ def prompt(length: int) -> list[int]:
     return [random.randrange(10, 250) for _ in range(length)]
 
 
-async def stream(client: httpx.AsyncClient, length: int, tokens: int) -> list[float]:
-    """Streams one completion; returns the times at which its tokens came."""
+async def stream(
+    client: httpx.AsyncClient, length: int, tokens: int, bias: dict[str, int] | None = None
+) -> list[float]:
+    """Streams one completion; returns the times at which its text came: of every token, if all have some."""
     body = {
         "model": "bench", "prompt": prompt(length), "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
-        "stream": True, "stream_options": {"include_usage": True},
+        "stream": True, "stream_options": {"include_usage": True}, "logit_bias": bias,
     }  # fmt: skip
     times: list[float] = []
     async with client.stream("POST", "/v1/completions", json=body, timeout=600) as response:
@@ -85,7 +89,7 @@ async def serve_streams(url: str, tokens: int) -> float:
 async def disturb(url: str, tokens: int, long: int) -> tuple[float, float]:
     """Median and 99th percentile of the time between tokens of 16 streams in which a long prompt arrives."""
     async with httpx.AsyncClient(base_url=url) as client:
-        streams = [asyncio.create_task(stream(client, PROMPT, tokens)) for _ in range(STREAMS)]
+        streams = [asyncio.create_task(stream(client, PROMPT, tokens, LETTERS)) for _ in range(STREAMS)]
         await asyncio.sleep(0.5)  # not waiting for anything: the long prompt is meant to come in the middle
         await stream(client, long, 1)
         gaps = [b - a for times in await asyncio.gather(*streams) for a, b in pairwise(times)]
