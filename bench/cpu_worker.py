@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 Generate = Callable[[list[list[int]], int], None]
 CONTEXT = 4352
@@ -20,7 +21,6 @@ def load_tenfold(
     import math
     from pathlib import Path
 
-    from tenfold import SamplingParams
     from tenfold.engine.config import EngineConfig
     from tenfold.engine.engine import Engine
 
@@ -32,7 +32,12 @@ def load_tenfold(
         dtype=dtype,
         quantization=quantization,
     )
-    engine = Engine.from_pretrained(Path(path), config)
+    return generate_greedily(Engine.from_pretrained(Path(path), config))
+
+
+def generate_greedily(engine: Any) -> Generate:
+    """What answers with our engine."""
+    from tenfold import SamplingParams
 
     def generate(prompts: list[list[int]], tokens: int) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
@@ -118,16 +123,20 @@ def load_llama_cpp(path: str) -> Generate:
     return generate
 
 
-def main() -> None:
-    """Serves the pipe until it closes."""
-    loaders = {"tenfold": load_tenfold, "transformers": load_transformers, "llama.cpp": load_llama_cpp}
-    generate = loaders[sys.argv[1]](sys.argv[2], **json.loads(sys.argv[3]))
+def serve(generate: Generate) -> None:
+    """Answers the lines of the pipe until it closes."""
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         start = time.perf_counter()
         generate(job["prompts"], job["tokens"])
         print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+
+
+def main() -> None:
+    """Loads an engine, and serves the pipe until it closes."""
+    loaders = {"tenfold": load_tenfold, "transformers": load_transformers, "llama.cpp": load_llama_cpp}
+    serve(loaders[sys.argv[1]](sys.argv[2], **json.loads(sys.argv[3])))
 
 
 if __name__ == "__main__":

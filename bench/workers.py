@@ -18,11 +18,23 @@ PROMPT, DECODED = 32, 32
 
 
 class Worker:
-    """An engine behind a pipe; see `cpu_worker.py`."""
+    """An engine behind a pipe.
 
-    def __init__(self, engine: str, checkpoint: Path, **options: Any) -> None:
-        command = [str(PYTHONS[engine]), str(HERE / "cpu_worker.py"), engine, str(checkpoint), json.dumps(options)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    Args:
+        engine: a name that the script knows.
+        arguments: of the script.
+        script: `cpu_worker.py`, or another of the same manners.
+        python: that runs it, if not the engine's own.
+        options: for the engine's loader.
+    """
+
+    def __init__(
+        self, engine: str, *arguments: Path, script: str = "cpu_worker.py", python: Path | None = None, **options: Any
+    ) -> None:
+        command = [python or PYTHONS[engine], HERE / script, engine, *arguments, json.dumps(options)]
+        self._process = subprocess.Popen(
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._read()
 
     def _read(self) -> dict[str, float]:
