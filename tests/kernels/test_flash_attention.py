@@ -66,6 +66,29 @@ def test_equals_the_definition_and_its_gradient(
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), found, wanted)
 
 
+@pytest.mark.slow
+def test_products_with_the_hessian_and_gradients_of_each_row() -> None:
+    arrays, segments, weights = inputs((3, 20, 4, 2, 8), 0, 0.1)
+    q, k, v, sinks = map(jnp.asarray, arrays)
+    spec = AttentionSpec(0.3, window=9)
+
+    def derivatives(attend: Any) -> Any:
+        def total(inputs: Any, segments: Any, weights: Any) -> Any:
+            q, k, v, sinks = inputs
+            return (attend(q[None], k[None], v[None], segments[None], spec, sinks)[0] * weights).sum()
+
+        def product(inputs: Any) -> Any:
+            gradients = jax.vmap(jax.grad(total), in_axes=((0, 0, 0, None), 0, 0))
+            return gradients(inputs, jnp.asarray(segments), jnp.asarray(weights))
+
+        given = q, k, v, sinks
+        return jax.jit(lambda given: jax.jvp(product, (given,), (jax.tree.map(jnp.cos, given),)))(given)
+
+    flash = partial(flash_attention, tiles=Tiles(SQUARE, SQUARE, SQUARE), interpret=not on_gpu())
+    found, wanted = derivatives(flash), derivatives(packed_attention)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), found, wanted)
+
+
 seen_from = jax.jit(first_seen, static_argnums=1)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tenfold.base.reach import Reach
 
@@ -91,16 +91,25 @@ def packed_attention(
         spec: scale, reach and soft-cap.
         sinks: as in `Heads`.
     """
-    R, L, H, K = q.shape
-    J = k.shape[2]
-    scores = jnp.einsum("rqjgk,rsjk->rjgqs", q.reshape(R, L, J, H // J, K), k, preferred_element_type=jnp.float32)
-    scores = soft_cap(scores * spec.scale, spec.softcap)
-    positions = jnp.arange(L)[None]
+    positions = jnp.arange(q.shape[1])[None]
     if spec.chunk is not None:  # chunks are counted from where a segment starts
         positions = positions - segment_starts(segments)
     mask = scores_mask(positions[:, :, None], positions[:, None, :], spec.reach)
-    mask = mask & (segments[:, :, None] == segments[:, None, :])
-    scores = jnp.where(mask[:, None, None], scores, NEG_INF)
+    return masked_attention(q, k, v, mask & (segments[:, :, None] == segments[:, None, :]), spec, sinks)
+
+
+def masked_attention(
+    q: Float[Array, "R L H K"],
+    k: Float[Array, "R L J K"],
+    v: Float[Array, "R L J K"],
+    mask: Bool[Array, "R L L"],
+    spec: AttentionSpec,
+    sinks: Float[Array, " H"] | None = None,
+) -> Float[Array, "R L H K"]:
+    """Attention of each query to the keys that the mask names for it. Other arguments as of `packed_attention`."""
+    (R, L, H, K), J = q.shape, k.shape[2]
+    scores = jnp.einsum("rqjgk,rsjk->rjgqs", q.reshape(R, L, J, H // J, K), k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], soft_cap(scores * spec.scale, spec.softcap), NEG_INF)
     weights = softmax(scores, None if sinks is None else sinks.reshape(1, J, H // J, 1))
     out = jnp.einsum("rjgqs,rsjk->rqjgk", weights.astype(v.dtype), v)
     return out.reshape(R, L, H, K)

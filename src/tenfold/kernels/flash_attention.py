@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
-from tenfold.kernels.attention import NEG_INF, AttentionSpec, segment_starts
+from tenfold.kernels.attention import NEG_INF, AttentionSpec, masked_attention, segment_starts
 
 LOG2_E = math.log2(math.e)  # exponentials are powers of 2, which the hardware has
 SMALLEST_DIM = 16  # of the products that Triton has
@@ -84,7 +84,7 @@ def flash_attention(
     dim = max(SMALLEST_DIM, pl.next_power_of_2(K))
     first = jnp.pad(first_seen(segments, spec), ((0, 0), (0, -L % longest)), constant_values=L)
     q, k, v = (jnp.pad(x, ((0, 0), (0, -L % longest), (0, 0), (0, dim - K))) for x in (q, k, v))
-    out: jax.Array = _attention(q, k, v, sinks, first, spec, tiles, interpret)
+    out: jax.Array = _attention(_Inputs(q, k, v, sinks), first, spec, tiles, interpret)
     return out[:, :L, :, :K]
 
 
@@ -106,24 +106,46 @@ def _last_seeing(first: Int[Array, "R L"]) -> Int[Array, "R L"]:
     return ((first[:, None, :] <= tokens[None, :, None]).sum(-1) - 1).astype(jnp.int32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(
-    q: Any, k: Any, v: Any, sinks: Any, first: Any, spec: AttentionSpec, tiles: Tiles, interpret: bool
-) -> Float[Array, "R L H K"]:
-    return _forward(q, k, v, sinks, first, spec, tiles, interpret)[0]
+class _Inputs(NamedTuple):
+    """What attention is differentiated by; or the gradients of that."""
+
+    q: Any
+    k: Any
+    v: Any
+    sinks: Any
 
 
-def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, first: Any, spec: AttentionSpec, tiles: Tiles, interpret: bool
-) -> tuple[jax.Array, Any]:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _attention(inputs: _Inputs, first: Any, spec: AttentionSpec, tiles: Tiles, interpret: bool) -> jax.Array:
+    return _forward_tiles(inputs, first, spec, tiles, interpret)[0]
+
+
+def _forward(inputs: _Inputs, first: Any, spec: AttentionSpec, tiles: Tiles, interpret: bool) -> tuple[jax.Array, Any]:
+    o, lse = (checkpoint_name(x, KEPT) for x in _forward_tiles(inputs, first, spec, tiles, interpret))
+    return o, (inputs, first, o, lse)
+
+
+def _backward(spec: AttentionSpec, tiles: Tiles, interpret: bool, kept: Any, to_o: jax.Array) -> tuple[_Inputs, None]:
+    inputs, *known = kept
+    return _backward_tiles(inputs, to_o, tuple(known), spec, tiles, interpret), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _forward_tiles(
+    inputs: _Inputs, first: Any, spec: AttentionSpec, tiles: Tiles, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The outputs, and of every query the logarithm (to base 2) of the sum of its weights [R, H, L]."""
+    q, k, v, sinks = inputs
     (R, L, H, K), J = q.shape, k.shape[2]
     tile = tiles.forward
     of_queries = pl.BlockSpec((None, tile.queries, None, K), lambda i, h, r: (r, i, h, 0))
     of_keys = pl.BlockSpec((None, L, None, K), lambda i, h, r: (r, 0, h * J // H, 0))
     of_sink = pl.BlockSpec((1,), lambda i, h, r: (h,))
-    scores = _Scores(spec, tile)
     o, lse = _call(
-        partial(_forward_kernel, scores=scores, has_sinks=sinks is not None),
+        partial(_forward_kernel, scores=_Scores(spec, tile), has_sinks=sinks is not None),
         (L // tile.queries, H, R),
         [_of_tokens(tile.queries), of_queries, of_keys, of_keys, of_sink],
         [of_queries, _of_heads(tile.queries)],
@@ -131,12 +153,15 @@ def _forward(
         tile,
         interpret,
     )(first, q, k, v, jnp.zeros(H, jnp.float32) if sinks is None else sinks.astype(jnp.float32))
-    o, lse = (checkpoint_name(x, KEPT) for x in (o, lse))
-    return o, (q, k, v, sinks, first, o, lse)
+    return o, lse
 
 
-def _backward(spec: AttentionSpec, tiles: Tiles, interpret: bool, kept: Any, to_o: jax.Array) -> tuple[Any, ...]:
-    q, k, v, sinks, first, o, lse = kept
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def _backward_tiles(
+    inputs: _Inputs, to_o: jax.Array, known: Any, spec: AttentionSpec, tiles: Tiles, interpret: bool
+) -> _Inputs:
+    """The gradients, of what `_forward` kept."""
+    (q, k, v, sinks), (first, o, lse) = inputs, known
     (R, L, H, K), J = q.shape, k.shape[2]
     shared = jnp.einsum("rlhk,rlhk->rhl", o, to_o, preferred_element_type=jnp.float32)
 
@@ -172,10 +197,36 @@ def _backward(spec: AttentionSpec, tiles: Tiles, interpret: bool, kept: Any, to_
     if sinks is not None:
         weights = jnp.exp(sinks.astype(jnp.float32)[None, :, None] - lse / LOG2_E)
         to_sinks = -(weights * shared).sum((0, 2)).astype(sinks.dtype)
-    return to_q, to_k, to_v, to_sinks, None
+    return _Inputs(to_q, to_k, to_v, to_sinks)
 
 
-_attention.defvjp(_forward, _backward)
+# Second derivatives, such as products with a Hessian, are those of the definition: kernels have none.
+
+
+@_forward_tiles.defjvp
+def _(spec: AttentionSpec, tiles: Tiles, interpret: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    inputs, first = primals
+    o, lse = _forward_tiles(inputs, first, spec, tiles, interpret)
+    _, moved = jax.jvp(lambda inputs: _definition(inputs, first, spec), (inputs,), tangents[:1])
+    return (o, lse), (moved, jnp.zeros_like(lse))  # nothing that is differentiated reads how the logarithm moves
+
+
+@_backward_tiles.defjvp
+def _(spec: AttentionSpec, tiles: Tiles, interpret: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    inputs, to_o, known = primals
+
+    def gradients(inputs: _Inputs, to_o: jax.Array) -> _Inputs:
+        return jax.vjp(lambda inputs: _definition(inputs, known[0], spec), inputs)[1](to_o)[0]
+
+    _, moved = jax.jvp(gradients, (inputs, to_o), tangents[:2])
+    return _backward_tiles(inputs, to_o, known, spec, tiles, interpret), moved
+
+
+def _definition(inputs: _Inputs, first: Int[Array, "R L"], spec: AttentionSpec) -> Float[Array, "R L H K"]:
+    """What the kernels compute, in plain XLA."""
+    tokens = jnp.arange(first.shape[1])[None]
+    seen = (tokens[:, None, :] <= tokens[:, :, None]) & (tokens[:, None, :] >= first[:, :, None])
+    return masked_attention(inputs.q, inputs.k, inputs.v, seen, spec, inputs.sinks)
 
 
 def _of_tokens(size: int) -> pl.BlockSpec:
