@@ -1076,6 +1076,37 @@ CASES = (
         ),
     ),
     Case(
+        name="deepseek_v3-kimi-v4",  # the settings of Kimi K2: one group of experts, and yarn that turns at one wavelength
+        config=_v4(
+            *DEEPSEEK_V3,
+            **LATENT,
+            q_lora_rank=18,
+            moe_intermediate_size=12,
+            moe_layer_freq=1,
+            n_routed_experts=16,
+            num_experts_per_tok=4,
+            n_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+            topk_method="noaux_tc",
+            scoring_func="sigmoid",
+            norm_topk_prob=True,
+            routed_scaling_factor=2.827,
+            first_k_dense_replace=1,
+            num_nextn_predict_layers=0,
+            rope_theta=5e4,
+            rope_scaling={
+                "type": "yarn",
+                "beta_fast": 1.0,
+                "beta_slow": 1.0,
+                "factor": 32.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 16,
+            },
+        ),
+    ),
+    Case(
         name="mixtral",
         engine=True,
         config=_v5(
