@@ -115,3 +115,24 @@ def test_other_names_give_the_same_weights(case: str, tmp_path: Path) -> None:
     save_file(tensors | extra("speech_tower.weight"), tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"1 unexpected: speech_tower\.weight"):
         load(tmp_path, config)
+
+
+def test_experts_in_one_tensor_beside_a_vision_tower(tmp_path: Path) -> None:
+    """Qwen 3.5's text alone is written expert by expert, and beside a tower all experts together."""
+    wanted = golden.read(golden.DIRECTORY / "qwen3_5_moe.json")
+    golden.save_checkpoint(wanted, tmp_path)
+    alone = load(tmp_path, wanted.config)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for i in range(wanted.config["num_hidden_layers"]):
+        at = f"model.layers.{i}.mlp.experts"
+        gate, up, down = (
+            np.stack([tensors.pop(f"{at}.{e}.{part}_proj.weight") for e in range(wanted.config["num_experts"])])
+            for part in ("gate", "up", "down")
+        )
+        tensors |= {f"{at}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{at}.down_proj": down}
+    save_file(within(tensors) | extra("model.visual.patch.weight"), tmp_path / "model.safetensors")
+    config = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "text_config": wanted.config}
+    whole = load(tmp_path, config)
+    for layer in whole["layers"]:
+        layer["gate"], layer["up"] = layer["gate_up"][:, :, 0], layer.pop("gate_up")[:, :, 1]
+    jax.tree.map(np.testing.assert_array_equal, whole, alone)

@@ -1076,7 +1076,7 @@ CASES = (
         ),
     ),
     Case(
-        name="deepseek_v3-kimi-v4",  # the settings of Kimi K2: one group of experts, and yarn that turns at one wavelength
+        name="deepseek_v3-kimi-v4",  # Kimi K2: one group of experts, yarn with one wavelength
         config=_v4(
             *DEEPSEEK_V3,
             **LATENT,

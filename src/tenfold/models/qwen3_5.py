@@ -62,7 +62,7 @@ class Config:
     def from_hf(cls, hf: HFConfig) -> "Config":
         """Reads `config.json`. Raises ConfigError or UnsupportedModelError, naming the key."""
         prefix = "model.language_model" if hf.get("text_config") else "model"
-        mixtures = "moe" in str(hf.get("model_type"))
+        mixtures = "moe" in f"{hf.get('model_type')} {text_config(hf).get('model_type')}"
         hf = {"head_dim": 256, "partial_rotary_factor": 0.25, **text_config(hf)}
         hf_config.refuse(hf, attn_output_gate=True)
         layers = hf_config.require(hf, "num_hidden_layers")
