@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tenfold.base.reach import Reach
 
+QUERY_BLOCK, MOST_BLOCKS = 256, 8  # queries of a block, at least, and blocks of a row: later keys are masked for all
 NEG_INF = -1e30  # finite, so that a row that is masked everywhere stays a number
 
 
@@ -91,28 +92,38 @@ def packed_attention(
         spec: scale, reach and soft-cap.
         sinks: as in `Heads`.
     """
-    positions = jnp.arange(q.shape[1])[None]
+    L = q.shape[1]
+    positions = jnp.arange(L)[None]
     if spec.chunk is not None:  # chunks are counted from where a segment starts
         positions = positions - segment_starts(segments)
-    mask = scores_mask(positions[:, :, None], positions[:, None, :], spec.reach)
-    return masked_attention(q, k, v, mask & (segments[:, :, None] == segments[:, None, :]), spec, sinks)
+    blocks: list[jax.Array] = []
+    size = max(QUERY_BLOCK, -(-L // MOST_BLOCKS))
+    for start in range(0, L, size):
+        queries = slice(start, start + size)
+        keys = slice(0 if spec.window is None else max(0, start - spec.window + 1), start + size)
+        mask = scores_mask(positions[:, queries, None], positions[:, None, keys], spec.reach)
+        mask = mask & (segments[:, queries, None] == segments[:, None, keys])
+        blocks.append(masked_attention(q[:, queries], k[:, keys], v[:, keys], mask, spec, sinks))
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
 def masked_attention(
-    q: Float[Array, "R L H K"],
-    k: Float[Array, "R L J K"],
-    v: Float[Array, "R L J K"],
-    mask: Bool[Array, "R L L"],
+    q: Float[Array, "R Q H K"],
+    k: Float[Array, "R S J K"],
+    v: Float[Array, "R S J K"],
+    mask: Bool[Array, "R Q S"],
     spec: AttentionSpec,
     sinks: Float[Array, " H"] | None = None,
-) -> Float[Array, "R L H K"]:
+) -> Float[Array, "R Q H K"]:
     """Attention of each query to the keys that the mask names for it. Other arguments as of `packed_attention`."""
-    (R, L, H, K), J = q.shape, k.shape[2]
-    scores = jnp.einsum("rqjgk,rsjk->rjgqs", q.reshape(R, L, J, H // J, K), k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], soft_cap(scores * spec.scale, spec.softcap), NEG_INF)
-    weights = softmax(scores, None if sinks is None else sinks.reshape(1, J, H // J, 1))
-    out = jnp.einsum("rjgqs,rsjk->rqjgk", weights.astype(v.dtype), v)
-    return out.reshape(R, L, H, K)
+    (R, Q, H, K), J, G = q.shape, k.shape[2], q.shape[2] // k.shape[2]
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))  # products of whole matrices, once for each head
+    scores = jnp.einsum("rjqk,rjsk->rjqs", q.reshape(R, J, G * Q, K), k, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores * spec.scale, spec.softcap).reshape(R, J, G, Q, -1)
+    scores = jnp.where(mask[:, None, None], scores, NEG_INF)
+    weights = softmax(scores, None if sinks is None else sinks.reshape(1, J, G, 1))
+    out = jnp.einsum("rjqs,rjsk->rjqk", weights.astype(v.dtype).reshape(R, J, G * Q, -1), v)
+    return jnp.moveaxis(out.reshape(R, H, Q, K), 1, 2)
 
 
 def segment_starts(segments: Int[Array, "R L"]) -> Int[Array, "R L"]:
