@@ -11,6 +11,8 @@ from tenfold.kernels import matmul, native
 from tenfold.kernels.matmul import QuantizedWeight, lookup, pack
 
 needs_native = pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
+packed_product = jax.jit(lambda x, weight: matmul.matmul(x, pack(weight), dtype="float32")[0])
+look_up = jax.jit(lookup, static_argnums=2)
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 300), st.integers(1, 100))  # M, D, N
 
 
@@ -65,7 +67,7 @@ def test_native_products_are_the_matrices_products(activations, weights, sizes, 
     M, D, N = sizes
     rng = np.random.default_rng(seed)
     x, w = jnp.asarray(draw(rng, M, D), activations), jnp.asarray(draw(rng, D, N), weights)
-    (y,) = matmul.matmul(x, pack(w), dtype="float32")
+    y = packed_product(x, w)
     x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
     # A sum of D products is off by at most D roundings of the sum of their magnitudes.
     bound = D * 2.0**-24 * (np.abs(x64) @ np.abs(w64)) + 1e-30
@@ -100,8 +102,13 @@ def test_several_weights_at_once_give_what_each_gives_alone():
 @given(st.sampled_from([4, 8]), st.sampled_from([8, 32, 128]), st.integers(1, 4), st.integers(1, 70), st.booleans())
 def test_dequantisation_follows_its_definition(bits, group, groups, N, affine):
     weight, values = quantized(np.random.default_rng(N), group * groups, N, bits, group, affine=affine)
-    np.testing.assert_allclose(weight.dequantize("float32"), values, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(matmul.reference(jnp.eye(group * groups), weight), values, rtol=1e-6, atol=1e-6)
+
+    @jax.jit
+    def numbers(weight):
+        return weight.dequantize("float32"), matmul.reference(jnp.eye(group * groups), weight)
+
+    for each in numbers(weight):
+        np.testing.assert_allclose(each, values, rtol=1e-6, atol=1e-6)
 
 
 @needs_native
@@ -121,7 +128,7 @@ def test_native_quantised_products_round_only_the_activations(M, grouping, N, bi
     rng = np.random.default_rng(M + N)
     weight, values = quantized(rng, D, N, bits, group, affine=affine)
     x = jnp.asarray(draw(rng, M, D), dtype)
-    (y,) = matmul.matmul(x, pack(weight), dtype="float32")
+    y = packed_product(x, weight)
     seen = rounded(np.asarray(x, np.float32), min(group, 128))
     # Integers are exact, so what is left is one rounding or two for each group's part, and their sum's.
     zero = values.min(0, initial=0) - values.max(0, initial=0)
@@ -171,14 +178,18 @@ def formats(rng: np.random.Generator, D: int, N: int) -> list[matmul.PackedWeigh
 def test_a_row_is_bit_identical_alone_and_in_any_batch(dtype, rows, blocks, seed):
     rng = np.random.default_rng(seed)
     D, N = 32 * blocks, 70
-    x = jnp.asarray(draw(rng, rows, D), dtype)
-    for weight in formats(rng, D, N):
-        if dtype == "bfloat16" and weight.bits == 32:
-            continue
-        (whole,) = matmul.matmul(x, weight)
-        for row in {0, rows // 2, rows - 1}:
-            (alone,) = matmul.matmul(x[row : row + 1], weight)
-            np.testing.assert_array_equal(alone[0], whole[row])
+    x = draw(rng, rows, D)
+    weights = [w for w in formats(rng, D, N) if not (dtype == "bfloat16" and w.bits == 32)]
+
+    @jax.jit
+    def by_each(x, weights):
+        return [matmul.matmul(x, weight)[0] for weight in weights]
+
+    whole = jax.device_get(by_each(jnp.asarray(x, dtype), weights))
+    for row in {0, rows // 2, rows - 1}:
+        alone = jax.device_get(by_each(jnp.asarray(x[row : row + 1], dtype), weights))
+        for one, several in zip(alone, whole, strict=True):
+            np.testing.assert_array_equal(one[0], several[row])
 
 
 # --- columns of a weight --------------------------------------------------------------------------------------------
@@ -192,12 +203,12 @@ def test_columns_are_found_in_every_format(D):
     plain = jnp.asarray(draw(rng, D, 70))
     for weight in (plain, plain.astype("bfloat16")):
         expected = np.asarray(weight.T[columns], np.float32)
-        np.testing.assert_array_equal(lookup(pack(weight), columns, "float32"), expected)
-        np.testing.assert_array_equal(lookup(weight.T, columns, "float32"), expected)
+        np.testing.assert_array_equal(look_up(pack(weight), columns, "float32"), expected)
+        np.testing.assert_array_equal(look_up(weight.T, columns, "float32"), expected)
     for bits, affine, group in itertools.product((4, 8), (False, True), (32, D)):
         weight, values = quantized(rng, D, 70, bits, group, affine=affine)
         for each in (weight, pack(weight)):
-            np.testing.assert_allclose(lookup(each, columns, "float32"), values.T[columns], rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(look_up(each, columns, "float32"), values.T[columns], rtol=1e-6, atol=1e-6)
 
 
 @needs_native

@@ -168,7 +168,7 @@ def test_a_token_does_not_depend_on_others(form: str, x: np.ndarray) -> None:
 def test_gradients_reach_the_router_and_the_experts_that_were_chosen(x: np.ndarray) -> None:
     tree, router = FORMS["separate"]
     p = draw(tree)
-    grads = jax.grad(lambda p: jnp.square(moe.mixture(jnp.asarray(x[:1]), p, router, gating)).sum())(p)
+    grads = jax.jit(jax.grad(lambda p: jnp.square(moe.mixture(jnp.asarray(x[:1]), p, router, gating)).sum()))(p)
     chosen = sorted(choose_one(x[0] @ np.asarray(p["router"]), router, np.zeros(E)))
     assert np.flatnonzero(np.asarray(grads["down"]).any((1, 2))).tolist() == chosen
     assert np.asarray(grads["router"]).any()

@@ -53,36 +53,23 @@ def make_inputs() -> tuple[dict[str, Any], jax.Array]:
     return inputs, segments
 
 
-def mix(inputs: dict[str, Any], segments: jax.Array, layout: Layout) -> dict[str, jax.Array]:
-    """What each mixer makes of rows, as rows."""
-    attend = packed_attend(segments, layout)
-    results = {}
-    for name, spec in SPECS.items():
-        flat = jax.tree.map(lambda x: layout.flatten(x) if x.shape[:2] == (R, L) else x, inputs[name])
-        results[name] = layout.unflatten(attend(flat, None, spec)[0], R)
-    return results
-
-
-@pytest.fixture(scope="module")
-def answers() -> list[Any]:
-    """Results and gradients on one device, and where rows are shared out over four."""
-    inputs, segments = make_inputs()
-
-    def run(inputs: dict[str, Any], layout: Layout) -> tuple[jax.Array, dict[str, jax.Array]]:
-        results = mix(inputs, segments, layout)
-        return sum((jnp.sin(x + 1).sum() for x in results.values()), jnp.float32(0)), results
-
-    gradient = jax.jit(jax.grad(run, has_aux=True), static_argnums=1)
-    return [gradient(inputs, layout) for layout in (NOWHERE, Layout(make_mesh({"context": 4})))]
-
-
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("full", "chunk"))) for name in SPECS]
 )
-def test_a_shared_row_is_mixed_as_a_whole_one(name: str, answers: list[Any]) -> None:
-    (gradients, results), (shared_gradients, shared_results) = answers
-    np.testing.assert_allclose(shared_results[name], results[name], rtol=1e-5, atol=1e-5)
-    for ours, expected in zip(jax.tree.leaves(shared_gradients[name]), jax.tree.leaves(gradients[name]), strict=True):
+def test_a_shared_row_is_mixed_as_a_whole_one(name: str) -> None:
+    inputs, segments = make_inputs()
+
+    def run(mixed: Any, layout: Layout) -> tuple[jax.Array, jax.Array]:
+        flat = jax.tree.map(lambda x: layout.flatten(x) if x.shape[:2] == (R, L) else x, mixed)
+        result = layout.unflatten(packed_attend(segments, layout)(flat, None, SPECS[name])[0], R)
+        return jnp.sin(result + 1).sum(), result
+
+    gradient = jax.jit(jax.grad(run, has_aux=True), static_argnums=1)
+    (gradients, result), (shared_gradients, shared_result) = (
+        gradient(inputs[name], layout) for layout in (NOWHERE, Layout(make_mesh({"context": 4})))
+    )
+    np.testing.assert_allclose(shared_result, result, rtol=1e-5, atol=1e-5)
+    for ours, expected in zip(jax.tree.leaves(shared_gradients), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=2e-5)
 
 

@@ -1,5 +1,8 @@
 """Scanned and unrolled layers compute the same."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +29,11 @@ def block(x: jax.Array, p: dict, kind: str, cache: int | None) -> tuple[jax.Arra
     return x + act(x @ p["w"] + p["b"][None]), None if cache is None else cache + 1
 
 
+@partial(jax.jit, static_argnames=("block", "kinds", "sources"))
+def run(block: Any, layers: Any, kinds: tuple[str, ...], x: jax.Array, caches: Any = None, **given: Any) -> Any:
+    return run_layers(block, layers, kinds, x, caches, **given)
+
+
 def declare(num_layers: int) -> list[dict]:
     return [
         {"w": param((4, 4), "embed mlp", f"{i}.w", scale=0.5), "b": param((4,), "mlp", f"{i}.b", scale=0.5)}
@@ -50,11 +58,16 @@ def test_scanning_is_unrolling(kinds: list[str]) -> None:
     scanned = params.initialize(stack_layers(declared, kinds), key, "float32")
     x = jax.random.normal(jax.random.key(2), (3, 4))
 
-    expected = x
-    for p, kind in zip(unrolled, kinds, strict=True):
-        expected = block(expected, p, kind, None)[0]
+    @jax.jit
+    def one_by_one(layers: list[dict]) -> jax.Array:
+        out = x
+        for p, kind in zip(layers, kinds, strict=True):
+            out = block(out, p, kind, None)[0]
+        return out
+
+    expected = one_by_one(unrolled)
     for layers in (unrolled, scanned):
-        out, caches = run_layers(block, layers, kinds, x)
+        out, caches = run(block, layers, tuple(kinds), x)
         np.testing.assert_allclose(out, expected, rtol=1e-5)
         assert caches == [None] * len(kinds)
 
@@ -63,7 +76,7 @@ def test_gradients_are_the_same() -> None:
     kinds = ["near", "wide", "near", "wide", "near"]
     x = jax.random.normal(jax.random.key(2), (3, 4))
     unrolled, scanned = (
-        jax.grad(lambda layers: run_layers(block, layers, kinds, x)[0].sum())(
+        jax.jit(jax.grad(lambda layers: run_layers(block, layers, kinds, x)[0].sum()))(
             params.initialize(declared, jax.random.key(1), "float32")
         )
         for declared in (declare(5), stack_layers(declare(5), kinds))
@@ -90,19 +103,25 @@ def summing(x: jax.Array, p: dict, kind: str, cache: jax.Array | None) -> tuple[
     return x + jnp.tanh(kept + p["b"][None]), kept
 
 
-SOURCES = [None, None, 0, 1, 1]
-SHARING = ["own", "own", "reads", "reads", "reads"]
+SOURCES = (None, None, 0, 1, 1)
+SHARING = ("own", "own", "reads", "reads", "reads")
 
 
 def test_layers_with_a_source_read_the_cache_that_it_updated() -> None:
     weights = params.initialize(declare(5), jax.random.key(1), "float32")
     x = jax.random.normal(jax.random.key(2), (3, 4))
     given = [jnp.full((3, 4), 0.5), jnp.full((3, 4), -0.5), None, None, None]
-    expected, kept = x, []
-    for p, source, cache in zip(weights, SOURCES, given, strict=True):
-        kept.append(expected @ p["w"] + cache if source is None else kept[source])
-        expected = expected + jnp.tanh(kept[-1] + p["b"][None])
-    out, caches = run_layers(summing, weights, SHARING, x, given, sources=SOURCES)
+
+    @jax.jit
+    def one_by_one(weights: list[dict]) -> tuple[jax.Array, list[jax.Array]]:
+        out, kept = x, []
+        for p, source, cache in zip(weights, SOURCES, given, strict=True):
+            kept.append(out @ p["w"] + cache if source is None else kept[source])
+            out = out + jnp.tanh(kept[-1] + p["b"][None])
+        return out, kept
+
+    expected, kept = one_by_one(weights)
+    out, caches = run(summing, weights, SHARING, x, given, sources=SOURCES)
     np.testing.assert_allclose(out, expected, rtol=1e-5)
     assert caches[2:] == [None] * 3
     for mine, wanted in zip(caches[:2], kept[:2], strict=True):
@@ -113,9 +132,9 @@ def test_stacked_layers_share_too() -> None:
     key, x = jax.random.key(1), jax.random.normal(jax.random.key(2), (3, 4))
     unrolled = params.initialize(declare(5), key, "float32")
     scanned = params.initialize(stack_layers(declare(5), SHARING), key, "float32")
-    out, _ = run_layers(summing, scanned, SHARING, x, sources=SOURCES)
-    np.testing.assert_allclose(out, run_layers(summing, unrolled, SHARING, x, sources=SOURCES)[0], rtol=1e-5)
-    alike = ["own"] * 5
+    out, _ = run(summing, scanned, SHARING, x, sources=SOURCES)
+    np.testing.assert_allclose(out, run(summing, unrolled, SHARING, x, sources=SOURCES)[0], rtol=1e-5)
+    alike = ("own",) * 5
     scanned = params.initialize(stack_layers(declare(5), alike), key, "float32")
-    out, _ = run_layers(summing, scanned, alike, x, sources=SOURCES)
-    np.testing.assert_allclose(out, run_layers(summing, unrolled, alike, x, sources=SOURCES)[0], rtol=1e-5)
+    out, _ = run(summing, scanned, alike, x, sources=SOURCES)
+    np.testing.assert_allclose(out, run(summing, unrolled, alike, x, sources=SOURCES)[0], rtol=1e-5)

@@ -21,6 +21,10 @@ CONFIG = {
 }
 
 
+states = jax.jit(hidden_states, static_argnums=1)
+LONGEST = 12  # tokens of an example
+
+
 def make_model() -> tuple[Model, dict]:
     model = resolve(CONFIG)
     weights = initialize(model.params(), jax.random.key(0), jnp.float32)
@@ -29,7 +33,7 @@ def make_model() -> tuple[Model, dict]:
 
 def make_examples(seed: int) -> list[tuple[list[int], list[bool]]]:
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(2, 12, 7)
+    lengths = rng.integers(2, LONGEST, 7)
     return [(rng.integers(0, 31, n).tolist(), (rng.random(n) < 0.7).tolist()) for n in lengths]
 
 
@@ -41,11 +45,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def test_the_loss_is_the_weighted_mean_over_documents() -> None:
     model, params = make_model()
     examples = make_examples(0)
+    logits_of = jax.jit(model.logits)
     total = weight = 0.0
     for ids, mask in examples:
         n = len(ids)
-        alone = Rows(np.asarray([ids]), np.ones((1, n), int), np.arange(n)[None], np.ones((1, n), np.float32))
-        logits = np.asarray(model.logits(params, hidden_states(params, model, alone)[0]))
+        tokens = np.asarray([ids + [0] * (LONGEST - n)])  # one shape, so that all documents share one program
+        segments, positions = (np.arange(LONGEST) < n).astype(int)[None], np.arange(LONGEST)[None]
+        alone = Rows(tokens, segments, positions, np.ones((1, LONGEST), np.float32))
+        logits = np.asarray(logits_of(params, states(params, model, alone)[0]))
         scores = log_softmax(logits)
         for i in range(1, n):
             if mask[i]:
@@ -62,7 +69,7 @@ def test_a_document_does_not_see_its_neighbours_in_a_row() -> None:
     model, params = make_model()
     packed = pack(make_examples(1), 24, 0)
     changed = packed._replace(tokens=np.where(packed.segment_ids == 1, 30 - packed.tokens, packed.tokens))
-    before, after = (np.asarray(hidden_states(params, model, rows)) for rows in (packed, changed))
+    before, after = (np.asarray(states(params, model, rows)) for rows in (packed, changed))
     others = packed.segment_ids > 1
     np.testing.assert_array_equal(before[others], after[others])
     assert np.abs(before - after)[packed.segment_ids == 1].max() > 1e-3

@@ -91,7 +91,7 @@ def test_norms_and_biases_do_not_decay_whatever_their_dims_are_here() -> None:
     optimizer = make_optimizer(config, 10, declared())
     weights = draw(0)
     zeros = jax.tree.map(jnp.zeros_like, weights)
-    updates, _ = optimizer.update(zeros, optimizer.init(weights), weights)
+    updates, _ = jax.jit(optimizer.update)(zeros, jax.jit(optimizer.init)(weights), weights)
     for name, p in declared().items():
         wanted = -0.1 * 0.5 * np.asarray(weights[name]) if decays_weight(p) else np.zeros(p.shape)
         np.testing.assert_allclose(updates[name], wanted, atol=1e-7)
@@ -114,7 +114,7 @@ def test_muon_makes_each_layer_s_matrix_orthogonal() -> None:
     config = OptimizerConfig(optimizer="muon", learning_rate=0.1, schedule="constant", weight_decay=0.5, momentum=0.9)
     optimizer = make_optimizer(config, 10, declared())
     weights, gradients = draw(0), draw(1)
-    updates, _ = optimizer.update(gradients, optimizer.init(weights), weights)
+    updates, _ = jax.jit(optimizer.update)(gradients, jax.jit(optimizer.init)(weights), weights)
     for name, matrix in (("q", (6, 4)), ("o", (4, 6))):
         for layer in range(2):
             g = np.asarray(gradients[name][layer]).reshape(
@@ -133,7 +133,9 @@ def test_adafactor_has_its_rows_and_columns() -> None:
     optimizer = make_optimizer(config, 10, big)
     rng = np.random.default_rng(0)
     w, g = (rng.normal(size=(256, 130)).astype(np.float32) for _ in range(2))
-    updates, _ = optimizer.update({"w": jnp.asarray(g)}, optimizer.init({"w": jnp.asarray(w)}), {"w": jnp.asarray(w)})
+    updates, _ = jax.jit(optimizer.update)(
+        {"w": jnp.asarray(g)}, jax.jit(optimizer.init)({"w": jnp.asarray(w)}), {"w": jnp.asarray(w)}
+    )
     squares = g.astype(np.float64) ** 2 + 1e-30  # of the first step: its decay is 0
     row, column = squares.mean(1, keepdims=True), squares.mean(0, keepdims=True)
     scaled = g / np.sqrt(row * column / row.mean())
