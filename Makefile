@@ -35,7 +35,7 @@ run: $(INSTALLED)
 	@$(BIN)/tenfold serve $(ARGS)
 
 # Compiling is most of what these tests do, and programs that are not optimised compile in a fraction of the time. The
-# tests of bits that must be alike turn this off (tests/engine/test_bit_identity.py); the targets below leave it off.
+# tests of bits that must be alike turn this off (tests/conftest.py); the targets below leave it off.
 test: export JAX_DISABLE_MOST_OPTIMIZATIONS := true
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow and not parity" $(ARGS)

@@ -1,6 +1,6 @@
 """With the native operations a request's log-probabilities are the same to the last bit, however it was served."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
@@ -22,6 +22,7 @@ from tests.engine.oracle import EOS, MAX_LEN, tiny_model
 from tests.engine.test_engine import Completion, Request, generate, requests, serve
 
 pytestmark = [
+    pytest.mark.usefixtures("optimised"),
     pytest.mark.skipif(native.library() is None, reason="the native kernels are not built"),
     # beartype picks at random which element of a tuple it checks, also in what strategies build
     pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies"),
@@ -40,15 +41,6 @@ OTHERS = (
     *(("fp8", "alternating"), ("bfloat16", "chunked"), ("float32", "sharing")),
 )
 PREEMPTING = 1.4  # longest sequences that the cache holds, of the four that may run
-
-
-@pytest.fixture(autouse=True)
-def optimised() -> Iterator[None]:
-    """Programs as users have them, in `make test` too: what is not fused or vectorised rounds alike more easily."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def make_engine(dtype: str, scheme: str | None, cache: str, model: str) -> Engine:

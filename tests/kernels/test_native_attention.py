@@ -16,7 +16,10 @@ from tenfold.kernels import native
 from tenfold.kernels.attention import AttentionSpec
 from tenfold.kernels.paged_attention import NativeCache, RaggedBatch, read, update
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
+pytestmark = [
+    pytest.mark.usefixtures("optimised"),
+    pytest.mark.skipif(native.library() is None, reason="the native kernels are not built"),
+]
 
 PAIRS = [  # of queries, and of the cache
     ("float32", "float32"),

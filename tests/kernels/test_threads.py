@@ -21,7 +21,10 @@ from tenfold.kernels.norm import rms_norm
 from tests.kernels import test_native_attention as attention
 from tests.kernels.test_matmul import draw, formats
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
+pytestmark = [
+    pytest.mark.usefixtures("optimised"),
+    pytest.mark.skipif(native.library() is None, reason="the native kernels are not built"),
+]
 
 ROOT = Path(__file__).parents[2]
 ROWS = (1, 7, 64, 300)
