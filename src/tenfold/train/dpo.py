@@ -48,8 +48,13 @@ class Pairs(NamedTuple):
     reference: Any
 
     def rows(self) -> Rows:
-        """All answers [2 N, L], the chosen ones first."""
-        return Rows(*(jnp.concatenate([a, b]) for a, b in zip(self.chosen, self.rejected, strict=True)))
+        """All answers [2 N, L], those of a pair one after the other: the chosen one first.
+
+        So a pair stays on its devices. Rows in another order would be moved between those of one stage of a pipeline,
+        and wait for the devices of the other stages, which are at something else.
+        """
+        pairs = zip(self.chosen, self.rejected, strict=True)
+        return Rows(*(jnp.stack(pair, axis=1).reshape(-1, pair[0].shape[1]) for pair in pairs))
 
 
 # --- the loss -------------------------------------------------------------------------------------------------------
@@ -109,9 +114,9 @@ def dpo_loss(
     def loss(params: Tree, frozen: Tree, pairs: Pairs) -> LossSum:
         del frozen
         both = pairs.rows()
-        now = jnp.stack(jnp.split(answer_logprobs(params, model, both, placement), 2))
-        chosen, rejected = now - jnp.asarray(pairs.reference).T
-        lengths = jnp.stack(jnp.split(both.weights[:, 1:].sum(1), 2))
+        now = answer_logprobs(params, model, both, placement).reshape(-1, 2)
+        chosen, rejected = (now - jnp.asarray(pairs.reference)).T
+        lengths = both.weights[:, 1:].sum(1).reshape(-1, 2).T
         losses = preference_losses(
             chosen, rejected, lengths=(lengths[0], lengths[1]), kind=kind, beta=beta, label_smoothing=label_smoothing
         )
