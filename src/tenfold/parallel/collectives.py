@@ -21,7 +21,7 @@ _COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(KINDS)})(?:-start)?\(")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _PAIRS = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
 _COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{([^}]*)\}")
 _CALLED = re.compile(r"\b(?:to_apply|calls|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -116,7 +116,7 @@ def _nbytes(shapes: str) -> int:
 
 def _first_group(line: str) -> list[int]:
     """The devices of a collective's first group, or the first pair that it connects; XLA has three ways to write them:
-    {{0,2},{1,3}}, [2,2]<=[2,2]T(1,0), and mesh['a'=2,'b'=2] {'b'}."""
+    {{0,2},{1,3}}, [2,2]<=[2,2]T(1,0), and mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, perhaps without ids."""
     if match := _PAIRS.search(line):
         return [int(n) for n in match[1].split(",")]
     if match := _COUNTED.search(line):
@@ -125,8 +125,12 @@ def _first_group(line: str) -> list[int]:
         return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)[0].tolist()
     if match := _NAMED.search(line):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        grouped = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[2])
-        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        grouped = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[4])
+        ids = np.arange(math.prod(sizes.values()))
+        if match[2]:
+            dims, order = (tuple(map(int, text.split(","))) for text in match.group(2, 3))
+            ids = ids.reshape(dims).transpose(order)
+        ids = ids.reshape(tuple(sizes.values()))
         for name, before, size in grouped:  # of some axes only a part: so many neighbours, after so many before them
             dim = list(sizes).index(name)
             step = sizes[name] // (int(before) * int(size)) if before else 1
