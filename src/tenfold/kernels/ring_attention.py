@@ -3,7 +3,7 @@
 Every device keeps its queries. Keys and values go round: at each step a device attends to those that it has, adds the
 result to what it knows (online softmax: Milakov and Gimelshein, 2018), and hands them on. The gradient goes round once
 more, and the keys' and values' own gradients travel with them. So no device ever holds more than two shares of keys and
-values, nor scores of more than its own queries with one share.
+values, nor scores of more than its own queries with one share. Beside stages of a pipeline, a step gathers all shares.
 
 The tokens of a device are two chunks of its row, "zig-zag" as in `parallel.layout`. Of the scores with another device's
 chunks one half is masked whichever device that is: its later chunk for all queries, or both for the earlier queries.
@@ -59,7 +59,21 @@ class _Queries(NamedTuple):
     shared: Float32[Array, "R J G q"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+class Ring(NamedTuple):
+    """The devices that rows are shared out over.
+
+    Attributes:
+        axis: of the mesh.
+        size: how many they are.
+        alone: whether other devices of the mesh may be at something else meanwhile, such as other stages of a pipeline.
+    """
+
+    axis: str
+    size: int
+    alone: bool = False
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def ring_attention(
     q: Float[Array, "R N H K"],
     k: Float[Array, "R N J K"],
@@ -67,8 +81,7 @@ def ring_attention(
     sinks: Float[Array, " H"] | None,
     places: Places,
     spec: AttentionSpec,
-    axis: str,
-    size: int,
+    ring: Ring,
 ) -> Float[Array, "R N H V"]:
     """What `attention.packed_attention` computes, of the tokens of one device; to be called within a `shard_map`.
 
@@ -77,14 +90,13 @@ def ring_attention(
         sinks: as in `attention.Heads`.
         places: of the same tokens.
         spec: scale, reach and soft-cap.
-        axis: of the mesh, along which rows are shared out.
-        size: how many devices that are.
+        ring: the devices that rows are shared out over.
     """
-    return _forward(q, k, v, sinks, places, spec, axis, size)[0]
+    return _forward(q, k, v, sinks, places, spec, ring)[0]
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, places: Places, spec: AttentionSpec, axis: str, size: int
+    q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, places: Places, spec: AttentionSpec, ring: Ring
 ) -> tuple[jax.Array, Any]:
     (R, N, H, _), (J, V) = q.shape, v.shape[2:]
     shape = (R, J, H // J, N)
@@ -96,7 +108,7 @@ def _forward(
     known = _attend(_Softmax(*start, jnp.zeros((*shape, V), jnp.float32)), q, k, v, places, places, spec)
 
     def step(carry: tuple[_Softmax, Any], i: jax.Array) -> tuple[Any, None]:
-        known, passing = carry[0], _pass_on(carry[1], axis, size)
+        known, passing = carry[0], _pass_on(carry[1], ring)
 
         def earlier(known: _Softmax, passing: Any) -> _Softmax:
             k, v, at = passing
@@ -109,9 +121,9 @@ def _forward(
             second = _attend(second, _half(1, q), k, v, _half(1, places), at, spec)
             return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=3), first, second)
 
-        return (jax.lax.cond(_is_earlier(i, axis), earlier, later, known, passing), passing), None
+        return (jax.lax.cond(_is_earlier(i, ring), earlier, later, known, passing), passing), None
 
-    (known, _), _ = jax.lax.scan(step, (known, (k, v, places)), jnp.arange(1, size))
+    (known, _), _ = jax.lax.scan(step, (known, (k, v, places)), jnp.arange(1, ring.size))
     lse = known.peak + jnp.log(known.total)
     o = jnp.moveaxis(known.values / known.total[..., None], 3, 1).reshape(R, N, H, V).astype(v.dtype)
     return o, (q, k, v, sinks, places, o, lse)
@@ -137,7 +149,7 @@ def _scores(q: jax.Array, k: jax.Array, at: Places, k_at: Places, spec: Attentio
     return jnp.where(mask[:, None, None], soft_cap(scores * spec.scale, spec.softcap), NEG_INF)
 
 
-def _backward(spec: AttentionSpec, axis: str, size: int, saved: Any, to_o: jax.Array) -> tuple[Any, ...]:
+def _backward(spec: AttentionSpec, ring: Ring, saved: Any, to_o: jax.Array) -> tuple[Any, ...]:
     q, k, v, sinks, places, o, lse = saved
     (R, N, H, _), (J, V) = q.shape, v.shape[2:]
 
@@ -150,7 +162,7 @@ def _backward(spec: AttentionSpec, axis: str, size: int, saved: Any, to_o: jax.A
     to_q, to_k, to_v = _pull(queries, k, v, places, spec)
 
     def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
-        to_q, (given, passing) = carry[0], _pass_on(carry[1:], axis, size)
+        to_q, (given, passing) = carry[0], _pass_on(carry[1:], ring)
 
         def earlier(to_q: jax.Array, given: Any, passing: Any) -> Any:
             (to_k, to_v), (k, v, at) = given, passing
@@ -164,10 +176,10 @@ def _backward(spec: AttentionSpec, axis: str, size: int, saved: Any, to_o: jax.A
             more_q, more_k, more_v = _pull(second, k, v, at, spec)
             return to_q.at[:, N // 2 :].add(more_q), (to_k + more_k, to_v + more_v)
 
-        return (*jax.lax.cond(_is_earlier(i, axis), earlier, later, to_q, given, passing), passing), None
+        return (*jax.lax.cond(_is_earlier(i, ring), earlier, later, to_q, given, passing), passing), None
 
-    (to_q, given, _), _ = jax.lax.scan(step, (to_q, (to_k, to_v), (k, v, places)), jnp.arange(1, size))
-    to_k, to_v = _pass_on(given, axis, size)  # home
+    (to_q, given, _), _ = jax.lax.scan(step, (to_q, (to_k, to_v), (k, v, places)), jnp.arange(1, ring.size))
+    to_k, to_v = _pass_on(given, ring)  # home
     to_sinks = None
     if sinks is not None:
         share = jnp.exp(sinks.astype(jnp.float32).reshape(1, J, H // J, 1) - lse)
@@ -196,12 +208,15 @@ def _half(i: int, tree: Any, *, dim: int = 1) -> Any:
     return jax.tree.map(lambda x: jnp.split(x, 2, axis=dim)[i], tree)
 
 
-def _is_earlier(i: jax.Array, axis: str) -> jax.Array:
+def _is_earlier(i: jax.Array, ring: Ring) -> jax.Array:
     """Whether what came i devices far is from one with an earlier first chunk than this device's."""
-    return jax.lax.axis_index(axis) >= i
+    return jax.lax.axis_index(ring.axis) >= i
 
 
-def _pass_on(tree: Any, axis: str, size: int) -> Any:
+def _pass_on(tree: Any, ring: Ring) -> Any:
     """Each device's arrays to the next one in the ring."""
-    ring = [(i, (i + 1) % size) for i in range(size)]
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, ring), tree)
+    if ring.alone:  # a permutation waits for every device of the mesh; what is gathered, for those of the ring
+        before = (jax.lax.axis_index(ring.axis) - 1) % ring.size
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, ring.axis)[before], tree)
+    onward = [(i, (i + 1) % ring.size) for i in range(ring.size)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axis, onward), tree)

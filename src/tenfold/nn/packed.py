@@ -20,7 +20,7 @@ from tenfold.kernels.convolution import ConvolutionSpec
 from tenfold.kernels.flash_attention import flash_attention
 from tenfold.kernels.latent_attention import Latents, LatentSpec
 from tenfold.kernels.recurrence import RecurrenceSpec
-from tenfold.kernels.ring_attention import Places, ring_attention
+from tenfold.kernels.ring_attention import Places, Ring, ring_attention
 from tenfold.parallel.layout import NOWHERE, Layout, current
 
 
@@ -125,9 +125,11 @@ def _attend_ring(
         positions = positions - segment_starts(segments)
     places = Places(layout.flatten(positions), layout.flatten(segments))
 
+    ring = Ring("context", layout.context, alone=layout.size("pipeline") > 1)
+
     def attend(shares: Any, sinks: jax.Array | None) -> jax.Array:
         q, k, v, places = jax.tree.map(lambda x: x[0], shares)
-        o: jax.Array = ring_attention(q, k, v, sinks, places, spec, "context", layout.context)
+        o: jax.Array = ring_attention(q, k, v, sinks, places, spec, ring)
         return o[None]
 
     split, whole = PartitionSpec("context"), PartitionSpec()
