@@ -17,10 +17,10 @@ from tenfold.kernels.paged_flash_attention import attend_pages
 from tests.kernels.test_paged_attention import Case, Sizes, length, packed, sinks_of
 
 CASES = [
-    (Sizes(64, 6, 16, 1, 3, "int8"), AttentionSpec(0.3, window=60, chunk=37)),
-    pytest.param(Sizes(64, 6, 16, 2, 2), AttentionSpec(0.3, softcap=3.0), marks=pytest.mark.slow),
-    pytest.param(Sizes(64, 6, 32, 1, 3), AttentionSpec(0.3, window=40), marks=pytest.mark.slow),
-    pytest.param(Sizes(64, 6, 16, 2, 2, "float8_e4m3fn"), AttentionSpec(0.3), marks=pytest.mark.slow),
+    (Sizes(96, 6, 16, 1, 3, "int8"), AttentionSpec(0.3, window=60, chunk=37)),
+    pytest.param(Sizes(96, 6, 16, 2, 2), AttentionSpec(0.3, softcap=3.0), marks=pytest.mark.slow),
+    pytest.param(Sizes(96, 6, 32, 1, 3), AttentionSpec(0.3, window=40), marks=pytest.mark.slow),
+    pytest.param(Sizes(96, 6, 16, 2, 2, "float8_e4m3fn"), AttentionSpec(0.3), marks=pytest.mark.slow),
 ]
 
 

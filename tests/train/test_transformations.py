@@ -31,7 +31,7 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 MODEL = resolve(CONFIG)
-LORA = LoraConfig(r=2, use_dora=True)
+LORA = LoraConfig(r=2)  # not DoRA, whose gradient takes lengths for constants that differences move
 
 
 def draw(tree: Any, seed: int) -> Any:
@@ -87,10 +87,14 @@ def test_losses_are_transformed(name: str) -> None:
     whole, along, each = transform(trained, direction)
     if name != "embeddings":  # whose examples are compared with each other
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a.sum(0), b, rtol=1e-3, atol=2e-4), each, whole)
-    step = 1e-2
-    ahead, behind = (jax.tree.map(lambda w, d, s=s: w + s * d, trained, direction) for s in (step, -step))
     gradients = jax.jit(grad)
-    differences = jax.tree.map(lambda a, b: (a - b) / (2 * step), gradients(ahead, batch), gradients(behind, batch))
+
+    def differ(step: float) -> Any:
+        ahead, behind = (jax.tree.map(lambda w, d, s=s: w + s * d, trained, direction) for s in (step, -step))
+        return jax.tree.map(lambda a, b: (a - b) / (2 * step), gradients(ahead, batch), gradients(behind, batch))
+
+    wide, narrow = differ(2.5e-3), differ(1.25e-3)
+    differences = jax.tree.map(lambda w, n: (4 * n - w) / 3, wide, narrow)  # Richardson's extrapolation
     found, wanted = (jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(tree)]) for tree in (along, differences))
     assert float(jnp.linalg.norm(found)) > 1e-3
-    assert float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted)) < 3e-2
+    assert float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted)) < 2e-3
