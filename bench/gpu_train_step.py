@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from train_step import CLIP, LEARNING_RATE, WEIGHT_DECAY, torch_adamw
+
 ASKED = 0.45
 MODEL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,7 +38,6 @@ MODEL: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-LEARNING_RATE, WEIGHT_DECAY, CLIP = 3e-4, 0.1, 1.0
 
 
 def make_tokens(rows: int, length: int) -> Any:
@@ -90,12 +91,7 @@ def torch_step(rows: int, length: int, *, compiled: bool) -> tuple[Callable[[], 
     torch.set_float32_matmul_precision("high")
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**MODEL), dtype=torch.float32).train()
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [w for _, w in named if w.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [w for _, w in named if w.ndim <= 1], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+    adamw = torch_adamw(model)
     tokens = torch.from_numpy(make_tokens(rows, length)).cuda()
 
     def loss_of(tokens: Any) -> Any:

@@ -45,7 +45,7 @@ MODEL: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-SMALL = MODEL | {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+SMALL = MODEL | {"vocab_size": 500, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 3e-4, 0.1, 1.0
 
 
@@ -89,6 +89,18 @@ def tenfold_step(config: dict[str, Any], rows: int, weights: Path) -> Callable[[
     return run
 
 
+def torch_adamw(model: Any) -> Any:
+    """AdamW as ours: without decay of vectors."""
+    import torch
+
+    weights = list(model.parameters())
+    groups = [
+        {"params": [w for w in weights if w.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+
+
 def torch_step(config: dict[str, Any], rows: int, weights: Path, *, compiled: bool) -> Callable[[], float]:
     """A function that does a step and gives its loss."""
     import torch
@@ -97,12 +109,7 @@ def torch_step(config: dict[str, Any], rows: int, weights: Path, *, compiled: bo
 
     torch.set_num_threads(THREADS)
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).train()
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [w for _, w in named if w.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [w for _, w in named if w.ndim <= 1], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+    adamw = torch_adamw(model)
     tokens = torch.from_numpy(make_tokens(rows, config["vocab_size"]))
 
     def loss_of(tokens: Any) -> Any:

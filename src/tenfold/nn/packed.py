@@ -104,7 +104,7 @@ def attend_tiles(
         in_specs=(rows, rows, rows, PartitionSpec(layout.row_axes), heads),
         out_specs=rows,
         axis_names={*layout.row_axes, *([tensor] if tensor else [])},
-        check_vma=False,  # as below
+        check_vma=False,  # as in `_attend_ring`
     )(q, k, v, segments, sinks)
 
 
