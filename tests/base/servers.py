@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Queue
 from threading import Event, Thread
@@ -24,6 +24,7 @@ class Server:
         held: regular expression of paths that are not written before `release` is set; None holds none.
         holding: paths that are being held.
         denied: nothing may be written.
+        once: paths of objects that are gone when they were read.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class Server:
         self.holding: Queue[str] = Queue()
         self.release = Event()
         self.denied = False
+        self.once: set[str] = set()
         self.url = ""
 
     def downloads(self) -> list[str]:
@@ -44,6 +46,10 @@ class Server:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_state: ClassVar[Server]
+
+    def handle(self) -> None:
+        with suppress(ConnectionResetError):  # by a client that was killed
+            super().handle()
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -97,6 +103,8 @@ class S3Handler(Handler):
         files = self.server_state.files
         if "list-type" not in query:
             content = files.get(path)
+            if path in self.server_state.once and self.command == "GET":
+                files.pop(path, None)
             self.answer(404) if content is None else self.send_file(content, {})
             return
         bucket = f"/{path.strip('/')}/"
