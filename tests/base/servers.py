@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,8 @@ from threading import Event, Thread
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+import pytest
 
 
 class Server:
@@ -202,3 +205,16 @@ def serving(handler: type[Handler]) -> Iterator[Server]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def writable_s3(patch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """An S3 that the environment names, for this process and those that it starts."""
+    with serving(WritableS3Handler) as server:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        settings = {"ENDPOINT": server.url, "ALLOW_HTTP": "true", "REGION": "us-east-1"}
+        for name, value in (settings | {"ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "secret"}).items():
+            patch.setenv(f"AWS_{name}", value)
+        yield server
+        server.release.set()

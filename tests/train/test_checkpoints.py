@@ -1,6 +1,5 @@
 """Fingerprints of arrays: what changes them, and what does not; and where checkpoints are. More in `test_trainer`."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tenfold.parallel.hosts import gather
 from tenfold.parallel.sharding import make_mesh
 from tenfold.train.checkpoints import CheckpointConfig, Checkpoints, fingerprints
 from tenfold.train.state import TrainState
-from tests.base.servers import Server, WritableS3Handler, serving
+from tests.base.servers import Server, writable_s3
 
 SHAPE = (4, 8)
 
@@ -80,13 +79,7 @@ def test_a_file_uri_is_a_directory(tmp_path: Path) -> None:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    with serving(WritableS3Handler) as server:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            monkeypatch.delenv(name)
-        for name, value in {"ENDPOINT": server.url, "ALLOW_HTTP": "true", "REGION": "us-east-1"}.items():
-            monkeypatch.setenv(f"AWS_{name}", value)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with writable_s3(monkeypatch) as server:
         yield server
 
 

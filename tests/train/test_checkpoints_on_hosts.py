@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tenfold.train.checkpoints import CheckpointConfig, Checkpoints
-from tests.base.servers import Server, WritableS3Handler, serving
+from tests.base.servers import Server, writable_s3
 from tests.train.checkpoints_on_hosts import advance, begin, described
 
 STEPS = 5
@@ -23,14 +23,8 @@ HELD = r"/4/.*/state/trainable\.w/0\.[23]$"  # a part that the second process of
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    with serving(WritableS3Handler) as server:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            monkeypatch.delenv(name)
-        settings = {"ENDPOINT": server.url, "ALLOW_HTTP": "true", "REGION": "us-east-1"}
-        for name, value in (settings | {"ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "secret"}).items():
-            monkeypatch.setenv(f"AWS_{name}", value)
+    with writable_s3(monkeypatch) as server:
         yield server
-        server.release.set()
 
 
 def start(directory: Path, count: int = 2, uri: str = "s3://bucket/run") -> list[subprocess.Popen[str]]:

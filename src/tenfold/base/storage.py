@@ -202,6 +202,17 @@ def fetch_files(where: str, files: Sequence[str], *, progress: bool = False) -> 
     return path.absolute()
 
 
+def put_files(directory: Path, uri: str) -> None:
+    """Copies all files of a directory to an object store, in place of those of the same names.
+
+    Raises:
+        CheckpointError: if that cannot be written.
+    """
+    names = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
+    with open_store(uri) as store, ThreadPoolExecutor(_STREAMS) as pool:
+        list(pool.map(store.put, names, [directory / name for name in names]))
+
+
 @contextmanager
 def open_store(uri: str, directory: str | None = None) -> "Generator[ObjectStore]":
     """The store of a directory, of a URI or given by one of its own; what goes wrong with it is a CheckpointError that

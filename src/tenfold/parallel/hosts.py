@@ -79,7 +79,7 @@ def check_shared(directory: Path) -> None:
     if b"0" in seen:
         raise ConfigError(
             f"host {seen.index(b'0')} of {len(seen)} does not share {directory}, where checkpoints are to be written: "
-            "take an output on a network volume, or an object store's URI"
+            "take one on a network volume, or the URI of an object store (--checkpoint-dir)"
         )
 
 
