@@ -6,6 +6,7 @@ python -m tests.train.checkpoints_on_hosts URI STEPS
 
 import os
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ def begin() -> TrainState:
         w = jnp.arange(64, dtype=jnp.float32).reshape(4, 16) / 7
         return TrainState(jnp.asarray(0, jnp.int32), {"w": w, "b": w[0]}, {"m": w / 3})
 
-    return jax.jit(init, out_shardings=TrainState(whole, {"w": spread, "b": whole}, {"m": spread}))()
+    where: Any = (whole, {"w": spread, "b": whole}, {"m": spread})
+    return jax.jit(init, out_shardings=TrainState(*where))()
 
 
 def described(state: TrainState) -> TrainState:

@@ -60,10 +60,10 @@ def finish(processes: list[subprocess.Popen[str]], directory: Path) -> tuple[int
     return int(lines[0][0].removeprefix("from ")), lines[0][1:]
 
 
-def kill_while_held(s3: Server, processes: list[subprocess.Popen[str]]) -> str:
-    """Kills all while the server holds an object; the path of that."""
+def kill_while_held(s3: Server, processes: list[subprocess.Popen[str]], victims: slice = slice(None)) -> str:
+    """Kills some while the server holds an object, and waits for the others to end; the path of that."""
     path = s3.holding.get(timeout=500)
-    for process in processes:
+    for process in processes[victims]:
         process.send_signal(signal.SIGKILL)
     for process in processes:
         process.communicate()
@@ -124,7 +124,8 @@ def test_another_number_of_processes_goes_on_past_a_copy_that_others_left(s3: Se
     kill_while_held(s3, start(tmp_path, 4))
     s3.held, s3.release = HELD, type(s3.release)()
     processes = start(tmp_path, 2)
-    kill_while_held(s3, processes)
+    kill_while_held(s3, processes, slice(1, 2))
+    assert processes[0].returncode in (75, -signal.SIGABRT)  # jax may be the first to hear of it
     assert {len({path.split("/")[4] for path in paths}) for step, paths in copied(s3).items() if step != "4"} == {1}
     first, losses = finish(start(tmp_path, 1), tmp_path)
     assert first == 3

@@ -100,7 +100,9 @@ def _job(config: JobSetConfig) -> dict[str, Any]:
 
 
 def _pod(config: JobSetConfig) -> dict[str, Any]:
-    runs = {"emptyDir": {}} if config.claim is None else {"persistentVolumeClaim": {"claimName": config.claim}}
+    runs: dict[str, Any] = (
+        {"emptyDir": {}} if config.claim is None else {"persistentVolumeClaim": {"claimName": config.claim}}
+    )
     volumes: list[dict[str, Any]] = [{"name": "runs", **runs}]
     mounts = [{"name": "runs", "mountPath": config.mount}]
     resources: dict[str, Any] = {}
