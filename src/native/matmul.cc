@@ -167,10 +167,11 @@ void sum_codes(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I3
 #pragma GCC unroll 4
           for (int q = 0; q < kTogether; ++q) {
             lows[m][q] = _mm256_add_epi16(lows[m][q], _mm256_maddubs_epi16(a[q], of_a));
+            // Compilers begin all products at once, for which there are too few registers; row by row there are enough.
+            asm volatile("" : "+x"(lows[m][q]));
             __m256i& other = kBits == 4 ? lows[m][q] : highs[m][q];
             other = _mm256_add_epi16(other, _mm256_maddubs_epi16(b[q], of_b));
-            // Compilers begin all products at once, for which there are too few registers; row by row there are enough.
-            asm volatile("" : "+x"(lows[m][q]), "+x"(other));
+            asm volatile("" : "+x"(other));
           }
         }
       }
@@ -435,10 +436,14 @@ void quantize(const T* x, int64_t K, int64_t group, int8_t* codes, float* scales
     const int64_t count = start + group < K ? group : K - start;
     F32x16 peaks{}, finite{};
     for (int64_t i = 0; i < vectors; ++i) {
-      T part[kLanes] = {};
       const int64_t left = count - i * kLanes;
-      if (left < kLanes && left > 0) std::memcpy(part, x + start + i * kLanes, static_cast<size_t>(left) * sizeof(T));
-      values[i] = widen(left < kLanes ? part : x + start + i * kLanes);
+      if (left >= kLanes) {
+        values[i] = widen(x + start + i * kLanes);
+      } else {
+        T part[kLanes] = {};
+        if (left > 0) std::memcpy(part, x + start + i * kLanes, static_cast<size_t>(left) * sizeof(T));
+        values[i] = widen(part);
+      }
       const F32x16 magnitudes = bit_cast<F32x16>(bit_cast<U32x16>(values[i]) & 0x7fffffffu);
       peaks = select(magnitudes > peaks, magnitudes, peaks);
       finite += values[i] * 0.0f;
@@ -451,10 +456,14 @@ void quantize(const T* x, int64_t K, int64_t group, int8_t* codes, float* scales
       const F32x16 scaled = values[i] * inverse;
       const F32x16 half = bit_cast<F32x16>((bit_cast<U32x16>(scaled) & 0x80000000u) | 0x3f000000u);
       const I32x16 rounded = inverse > 0 ? convert<I32x16>(scaled + half) : I32x16{};
-      int8_t narrow[kLanes];
-      store_narrow(narrow, rounded);
       const int64_t left = group - i * kLanes;
-      std::memcpy(codes + start + i * kLanes, narrow, static_cast<size_t>(left < kLanes ? left : kLanes));
+      if (left >= kLanes) {
+        store_narrow(codes + start + i * kLanes, rounded);
+      } else {
+        int8_t narrow[kLanes];
+        store_narrow(narrow, rounded);
+        std::memcpy(codes + start + i * kLanes, narrow, static_cast<size_t>(left));
+      }
       total += rounded;
     }
     scales[start / group] = peak / 127.0f + broken;
