@@ -20,6 +20,7 @@ TRAINING_FLAGS = (
     *(
         "--gradient-accumulation-steps",
         "--dtype",
+        "--fp8",
         "--mesh",
         "--remat",
         "--unroll-layers",
