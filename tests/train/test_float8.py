@@ -46,13 +46,11 @@ def mixed_dtypes() -> Iterator[None]:
 
 def make_rows(seed: int = 0, rows: int = 8, length: int = 16) -> Rows:
     """Tokens that count, from somewhere: what a model learns in a few steps."""
-    first = np.random.default_rng(seed).integers(0, VOCAB, (rows, 1))
-    at = np.arange(length)
+    at = np.arange(length, dtype=np.int32)
+    first = np.random.default_rng(seed).integers(0, VOCAB, (rows, 1), dtype=np.int32)
     tokens = (first + at[None]) % VOCAB
     positions = np.broadcast_to(at, tokens.shape)
-    return Rows(
-        *(x.astype(np.int32) for x in (tokens, np.ones_like(tokens), positions)), np.ones(tokens.shape, np.float32)
-    )
+    return Rows(tokens, np.ones_like(tokens), positions, np.ones(tokens.shape, np.float32))
 
 
 def draw(declared: Any, scale: float = 0.1) -> Any:
@@ -103,7 +101,7 @@ def losses(steps: int, placement: Placement, dtype: str, parallelism: Parallelis
     """Of a run from the same weights."""
     model = resolve(SMALL)
     declared, layout = model.params(stacked=True), placement.layout
-    shardings = None if layout.mesh is None else param.shardings(declared, layout.mesh)
+    shardings = None if layout.mesh is None else param.shardings(declared, layout.mesh)  # pyright: ignore[reportArgumentType]
     weights = draw(declared) if shardings is None else jax.device_put(draw(declared), shardings)
     grad = (parallelism or Parallelism()).make_grad(staged_full_training(model), placement, shardings)
     optimizer = optax.adamw(5e-3)

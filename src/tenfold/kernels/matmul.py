@@ -368,8 +368,7 @@ def _columns(groups: Float[Array, "G N"]) -> Float[Array, "P G 32"]:
 
 def lookup(weight: Weight, columns: Int[Array, " T"], dtype: DTypeLike) -> Float[Array, "T D"]:
     """The weights of single outputs: what an embedding that also serves as the last product is asked for."""
-    alone = ObservedWeight | Float8Weight | AdaptedWeight
-    assert not isinstance(weight, alone), f"a {type(weight).__name__} has products only"
+    assert not isinstance(weight, ObservedWeight | Float8Weight | AdaptedWeight), "such a weight has products only"
     if isinstance(weight, QuantizedWeight):
         rows = replace(weight, codes=weight.codes[:, columns], scales=weight.scales[:, columns],
                        mins=None if weight.mins is None else weight.mins[:, columns])  # fmt: skip
