@@ -113,6 +113,7 @@ def losses(steps: int, placement: Placement, dtype: str, parallelism: Parallelis
     return found
 
 
+@pytest.mark.slow
 def test_a_model_learns_as_in_bfloat16() -> None:
     wide, narrow = (losses(60, Placement(fp8=fp8), "bfloat16") for fp8 in (False, True))
     assert wide[0] > 3.5 and wide[-1] < 0.5 * wide[0]
@@ -135,6 +136,7 @@ def test_losses_are_those_of_one_device(parallelism: Parallelism) -> None:
     np.testing.assert_allclose(spread, alone(1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_pipeline_does_what_one_device_does_part_by_part() -> None:
     parallelism = Parallelism(mesh="pipeline=2,fsdp=2", micro_batches=2)
     spread = losses(3, parallelism.make_placement(fp8=True), "float32", parallelism)
