@@ -20,6 +20,7 @@ TRAINING_FLAGS = (
     *(
         "--gradient-accumulation-steps",
         "--dtype",
+        "--fp8",
         "--mesh",
         "--remat",
         "--unroll-layers",
@@ -199,6 +200,6 @@ def test_command_line():
 
 
 def test_readme_names_real_flags():
-    named = set(re.findall(r"`(--[a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    named = set(re.findall(r"`(--[a-z0-9-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert "--max-model-len" in named
     assert named <= set().union(*FLAGS.values())

@@ -56,16 +56,18 @@ inline float sum(F32x16 v) {
 }
 
 inline int32_t sum(I32x16 v) {
-  int32_t s[kLanes], total = 0;
+  int32_t s[kLanes];
   store(s, v);
-  for (const int32_t each : s) total += each;
-  return total;
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) s[i] += s[i + n];
+  return s[0];
 }
 
 inline float largest(F32x16 v) {
   float s[kLanes];
   store(s, v);
-  for (int i = 1; i < kLanes; ++i) s[0] = s[i] > s[0] ? s[i] : s[0];
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) s[i] = s[i + n] > s[i] ? s[i + n] : s[i];
   return s[0];
 }
 

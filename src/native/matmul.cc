@@ -10,11 +10,16 @@
 namespace tenfold {
 namespace {
 
-// A tile of MR rows by NV vectors of columns stays in registers, beside NV vectors of weights and one broadcast.
+// A tile of MR rows by kVectors<MR> vectors of columns stays in registers, beside as many of weights and one broadcast.
+// Few rows take all columns of a panel at once, so that the memory never waits for a second pass over what came from it.
 #if defined(__AVX512F__)
-constexpr int kMaxRows = 12, kVectors = 2;
+constexpr int kMaxRows = 12;
+template <int MR>
+constexpr int kVectors = 2;
 #else
-constexpr int kMaxRows = 6, kVectors = 1;
+constexpr int kMaxRows = 6;
+template <int MR>
+constexpr int kVectors = MR <= 2 ? 2 : 1;
 #endif
 
 constexpr int64_t kInputs = 2048;   // inputs per pass: a panel's part of this length stays in the second-level cache
@@ -111,66 +116,111 @@ void tile_bf16(const uint16_t* x, int64_t ldx, int64_t K, const uint16_t* w, flo
 }
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-constexpr bool kSumsNibbles = true;
-
-// c[m] += Σ over a group of codes times x, for 16 columns.
-//
 // Codes are taken in halves of 4 bits, whose products with x, two and two, can be added up eight times in 16 bits:
 // 8 · 2 · 15 · 127 < 2^15. So there are two instructions for 32 products of 4 bits, and four for those of 8.
-template <int MR, int kBits>
-void sum_codes(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I32x16 (&c)[MR][1]) {
-  constexpr int kParts = 8 / kBits, kInputs = 4 * kParts;  // inputs of one 32-bit lane
-  constexpr int kHalves = MR <= 3 ? 2 : 1;                 // of the columns, at a time: what registers hold
+constexpr int64_t kSummed = 32;  // inputs that are added up in 16 bits
+
+inline __m256i load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+inline __m256i broadcast_four(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof(four));
+  return _mm256_set1_epi32(four);
+}
+
+// The quarter q of the 32 columns of a row, or of 16 columns the half.
+template <int NV>
+inline void add_quarter(I32x16 (&row)[NV], int q, __m256i v) {
+  auto& sum = q % 2 ? row[q / 2].hi : row[q / 2].lo;
+  sum += (decltype(row[0].lo))v;
+}
+
+// c[m] += Σ over a group of codes times x.
+template <int MR, int kBits, int NV>
+void sum_codes(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I32x16 (&c)[MR][NV]) {
+  constexpr int kParts = 8 / kBits, kInputs = 4 * kParts;                  // inputs of one 32-bit lane
+  constexpr int kTogether = MR == 1 ? 2 * NV : MR <= 3 ? 2 : 1;  // quarters of the columns that registers hold
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
-  for (int64_t begin = 0; begin < group; begin += 32) {
-    const int64_t end = begin + 32 < group ? begin + 32 : group;
-#pragma GCC unroll 2
-    for (int first = 0; first < 2; first += kHalves) {
-      __m256i lows[MR][kHalves], highs[MR][kHalves];
+  for (int64_t begin = 0; begin < group; begin += kSummed) {
+    const int64_t end = begin + kSummed < group ? begin + kSummed : group;
+#pragma GCC unroll 4
+    for (int first = 0; first < 2 * NV; first += kTogether) {
+      __m256i lows[MR][kTogether], highs[MR][kTogether];
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 2
-        for (int h = 0; h < kHalves; ++h) lows[m][h] = highs[m][h] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+        for (int q = 0; q < kTogether; ++q) lows[m][q] = highs[m][q] = _mm256_setzero_si256();
       for (int64_t k = begin; k < end; k += kInputs) {
-        __m256i a[kHalves], b[kHalves];
-#pragma GCC unroll 2
-        for (int h = 0; h < kHalves; ++h) {
-          const uint8_t* at = w + k / kParts * kPanel + 32 * (first + h);
-          const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+        __m256i a[kTogether], b[kTogether];
+#pragma GCC unroll 4
+        for (int q = 0; q < kTogether; ++q) {
+          const uint8_t* at = w + k / kParts * kPanel + 32 * (first + q);
+          const __m256i both = load_bytes(at);
           prefetch(at);
-          a[h] = _mm256_and_si256(both, low);
-          b[h] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+          a[q] = _mm256_and_si256(both, low);
+          b[q] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
         }
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) {
-          int32_t four[kParts];
-          std::memcpy(four, x + m * ldx + k, sizeof(four));
-          const __m256i of_a = _mm256_set1_epi32(four[0]), of_b = _mm256_set1_epi32(four[kParts - 1]);
-#pragma GCC unroll 2
-          for (int h = 0; h < kHalves; ++h) {
-            lows[m][h] = _mm256_add_epi16(lows[m][h], _mm256_maddubs_epi16(a[h], of_a));
-            __m256i& other = kBits == 4 ? lows[m][h] : highs[m][h];
-            other = _mm256_add_epi16(other, _mm256_maddubs_epi16(b[h], of_b));
+          const int8_t* from = x + m * ldx + k;
+          const __m256i of_a = broadcast_four(from), of_b = broadcast_four(from + 4 * (kParts - 1));
+#pragma GCC unroll 4
+          for (int q = 0; q < kTogether; ++q) {
+            lows[m][q] = _mm256_add_epi16(lows[m][q], _mm256_maddubs_epi16(a[q], of_a));
             // Compilers begin all products at once, for which there are too few registers; row by row there are enough.
-            asm volatile("" : "+x"(lows[m][h]), "+x"(other));
+            asm volatile("" : "+x"(lows[m][q]));
+            __m256i& other = kBits == 4 ? lows[m][q] : highs[m][q];
+            other = _mm256_add_epi16(other, _mm256_maddubs_epi16(b[q], of_b));
+            asm volatile("" : "+x"(other));
           }
         }
       }
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 2
-        for (int h = 0; h < kHalves; ++h) {
-          auto& sum = first + h ? c[m][0].hi : c[m][0].lo;
-          sum += (decltype(c[m][0].lo))_mm256_madd_epi16(lows[m][h], ones);
-          if (kBits == 8) sum += (decltype(c[m][0].lo))_mm256_madd_epi16(highs[m][h], sixteen);
+#pragma GCC unroll 4
+        for (int q = 0; q < kTogether; ++q) {
+          add_quarter(c[m], first + q, _mm256_madd_epi16(lows[m][q], ones));
+          if (kBits == 8) add_quarter(c[m], first + q, _mm256_madd_epi16(highs[m][q], sixteen));
         }
       }
     }
   }
 }
-#else
-constexpr bool kSumsNibbles = false;
 
+// As `sum_codes`, of codes below 16 that have a byte each, in the order of the 8-bit layout.
+template <int MR, int NV>
+void sum_widened(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I32x16 (&c)[MR][NV]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int64_t begin = 0; begin < group; begin += kSummed) {
+    const int64_t end = begin + kSummed < group ? begin + kSummed : group;
+    __m256i sums[MR][2 * NV];
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+      for (int q = 0; q < 2 * NV; ++q) sums[m][q] = _mm256_setzero_si256();
+    for (int64_t k = begin; k < end; k += 4) {
+      __m256i a[MR];
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) a[m] = broadcast_four(x + m * ldx + k);
+#pragma GCC unroll 4
+      for (int q = 0; q < 2 * NV; ++q) {
+        const __m256i b = load_bytes(w + k * kPanel + 32 * q);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) sums[m][q] = _mm256_add_epi16(sums[m][q], _mm256_maddubs_epi16(b, a[m]));
+      }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+      for (int q = 0; q < 2 * NV; ++q) add_quarter(c[m], q, _mm256_madd_epi16(sums[m][q], ones));
+  }
+}
+
+// Tiles of widened codes have more columns than rows: codes then need no work of their own, which more rows would share.
+constexpr int kWidenedRows = 3;
+template <int MR>
+constexpr int kWidenedVectors = 2;
+#else
 // c[m][v] += Σ over a group of codes times x.
 template <int MR, int kBits, int NV>
 void sum_codes(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I32x16 (&c)[MR][NV]) {
@@ -197,10 +247,20 @@ void sum_codes(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I3
     }
   }
 }
+
+// As `sum_codes`, of codes below 16 that have a byte each, in the order of the 8-bit layout.
+template <int MR, int NV>
+void sum_widened(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I32x16 (&c)[MR][NV]) {
+  sum_codes<MR, 8>(x, ldx, group, w, c);
+}
+
+constexpr int kWidenedRows = kMaxRows;
+template <int MR>
+constexpr int kWidenedVectors = kVectors<MR>;
 #endif
 
 // One group of `group` inputs: acc += x's scale · (weights' scale · Σ codes − min · Σ x). The codes have 8 bits, or 4.
-template <int MR, int NV, int kBits>
+template <int MR, int NV, int kBits, bool kWidened>
 void tile_codes(const int8_t* x, int64_t ldx, const float* x_scales, const int32_t* x_sums, int64_t ld_groups,
                 int64_t group, const uint8_t* w, const float* scales, const float* mins, int32_t zero, float* acc) {
   I32x16 c[MR][NV];
@@ -210,7 +270,10 @@ void tile_codes(const int8_t* x, int64_t ldx, const float* x_scales, const int32
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) c[m][v] = I32x16{} + start;
   }
-  sum_codes<MR, kBits>(x, ldx, group, w, c);
+  if constexpr (kWidened)
+    sum_widened(x, ldx, group, w, c);
+  else
+    sum_codes<MR, kBits>(x, ldx, group, w, c);
 #pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) {
     const F32x16 scale = load<F32x16>(scales + v * kLanes);
@@ -236,20 +299,20 @@ inline void with_rows(int64_t rows, const Body& body) {
   }
 }
 
-// Splits M rows into tiles of nearly equal height: 13 rows are 7 and 6, not 12 and 1.
-template <typename Body>
+// Splits M rows into tiles of nearly equal height, at most kMost: 13 rows are 7 and 6, not 12 and 1.
+template <int kMost = kMaxRows, typename Body>
 inline void for_tiles(int64_t M, const Body& body) {
-  const int64_t tiles = (M + kMaxRows - 1) / kMaxRows;
+  const int64_t tiles = (M + kMost - 1) / kMost;
   for (int64_t t = 0, m = 0; t < tiles; ++t) {
     const int64_t rows = (M - m + tiles - t - 1) / (tiles - t);
-    with_rows<kMaxRows>(rows, [&]<int MR>() { body.template operator()<MR>(m); });
+    with_rows<kMost>(rows, [&]<int MR>() { body.template operator()<MR>(m); });
     m += rows;
   }
 }
 
-template <typename Body>
+template <int NV, typename Body>
 inline void for_columns(const Body& body) {
-  for (int64_t column = 0; column < kPanel; column += kVectors * kLanes) body(column);
+  for (int64_t column = 0; column < kPanel; column += NV * kLanes) body(column);
 }
 
 void clear(float* acc, int64_t M) { std::memset(acc, 0, static_cast<size_t>(M * kPanel) * sizeof(float)); }
@@ -259,8 +322,8 @@ void product_f32(const float* x, int64_t ldx, int64_t M, int64_t K, const float*
   for (int64_t k = 0; k < K; k += kInputs) {
     const int64_t part = K - k < kInputs ? K - k : kInputs;
     for_tiles(M, [&]<int MR>(int64_t m) {
-      for_columns([&](int64_t column) {
-        tile_f32<MR, kVectors>(x + m * ldx + k, ldx, part, panel + k * kPanel + column, acc + m * kPanel + column);
+      for_columns<kVectors<MR>>([&](int64_t column) {
+        tile_f32<MR, kVectors<MR>>(x + m * ldx + k, ldx, part, panel + k * kPanel + column, acc + m * kPanel + column);
       });
     });
   }
@@ -287,8 +350,8 @@ void product_widened(const T* x, int64_t ldx, int64_t M, int64_t K, const uint16
     }
     const auto add = [&](const float* from, int64_t ld, int64_t count, float* to) {
       for_tiles(count, [&]<int MR>(int64_t m) {
-        for_columns([&](int64_t column) {
-          tile_f32<MR, kVectors>(from + m * ld, ld, part, wide + column, to + m * kPanel + column);
+        for_columns<kVectors<MR>>([&](int64_t column) {
+          tile_f32<MR, kVectors<MR>>(from + m * ld, ld, part, wide + column, to + m * kPanel + column);
         });
       });
     };
@@ -313,15 +376,15 @@ void product_bf16(const uint16_t* x, int64_t ldx, int64_t M, int64_t K, const ui
   for (int64_t k = 0; k < K; k += kInputs) {
     const int64_t part = K - k < kInputs ? K - k : kInputs;
     for_tiles(M, [&]<int MR>(int64_t m) {
-      for_columns([&](int64_t column) {
-        tile_bf16<MR, kVectors>(x + m * ldx + k, ldx, part, panel + k * kPanel + 2 * column,
+      for_columns<kVectors<MR>>([&](int64_t column) {
+        tile_bf16<MR, kVectors<MR>>(x + m * ldx + k, ldx, part, panel + k * kPanel + 2 * column,
                                 acc + m * kPanel + column);
       });
     });
   }
 }
 
-// Inputs of one panel: nibbles to bytes, in the order of the 8-bit layout.
+// Nibbles to bytes, in the order of the 8-bit layout.
 void widen_int4(const uint8_t* codes, int64_t inputs, uint8_t* wide) {
   for (int64_t k = 0; k < inputs; k += 8) {
     for (int64_t column = 0; column < kPanel; column += kLanes) {
@@ -341,23 +404,24 @@ void product_quantized(const QuantizedRows& x, int64_t M, int64_t K, const Quant
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t k = g * x.group;
     const int64_t of = k / panel.group * kPanel;  // the weights' group
-    const auto add = [&]<int kBits>(const uint8_t* codes) {
-      for_tiles(M, [&]<int MR>(int64_t m) {
-        for_columns([&](int64_t column) {
-          tile_codes<MR, kVectors, kBits>(x.codes + m * K + k, K, x.scales + m * groups + g, x.sums + m * groups + g,
-                                          groups, x.group, codes + 4 * column, panel.scales + of + column,
-                                          panel.mins ? panel.mins + of + column : nullptr, panel.zero,
-                                          acc + m * kPanel + column);
+    const auto add = [&]<int kBits, bool kWidened>(const uint8_t* codes) {
+      for_tiles<kWidened ? kWidenedRows : kMaxRows>(M, [&]<int MR>(int64_t m) {
+        constexpr int NV = kWidened ? kWidenedVectors<MR> : kVectors<MR>;
+        for_columns<NV>([&](int64_t column) {
+          tile_codes<MR, NV, kBits, kWidened>(x.codes + m * K + k, K, x.scales + m * groups + g, x.sums + m * groups + g,
+                                              groups, x.group, codes + 4 * column, panel.scales + of + column,
+                                              panel.mins ? panel.mins + of + column : nullptr, panel.zero,
+                                              acc + m * kPanel + column);
         });
       });
     };
     if (panel.bits == 8) {
-      add.template operator()<8>(panel.codes + k * kPanel);
-    } else if (kSumsNibbles || M <= kMaxRows) {  // one tile: each code is used once after it is taken apart
-      add.template operator()<4>(panel.codes + k / 2 * kPanel);
+      add.template operator()<8, false>(panel.codes + k * kPanel);
+    } else if (M <= kMaxRows) {  // one tile: each code is used once after it is taken apart
+      add.template operator()<4, false>(panel.codes + k / 2 * kPanel);
     } else {
       widen_int4(panel.codes + k / 2 * kPanel, x.group, wide);
-      add.template operator()<8>(wide);
+      add.template operator()<4, true>(wide);
     }
   }
 }
@@ -372,10 +436,14 @@ void quantize(const T* x, int64_t K, int64_t group, int8_t* codes, float* scales
     const int64_t count = start + group < K ? group : K - start;
     F32x16 peaks{}, finite{};
     for (int64_t i = 0; i < vectors; ++i) {
-      T part[kLanes] = {};
       const int64_t left = count - i * kLanes;
-      if (left < kLanes && left > 0) std::memcpy(part, x + start + i * kLanes, static_cast<size_t>(left) * sizeof(T));
-      values[i] = widen(left < kLanes ? part : x + start + i * kLanes);
+      if (left >= kLanes) {
+        values[i] = widen(x + start + i * kLanes);
+      } else {
+        T part[kLanes] = {};
+        if (left > 0) std::memcpy(part, x + start + i * kLanes, static_cast<size_t>(left) * sizeof(T));
+        values[i] = widen(part);
+      }
       const F32x16 magnitudes = bit_cast<F32x16>(bit_cast<U32x16>(values[i]) & 0x7fffffffu);
       peaks = select(magnitudes > peaks, magnitudes, peaks);
       finite += values[i] * 0.0f;
@@ -388,10 +456,14 @@ void quantize(const T* x, int64_t K, int64_t group, int8_t* codes, float* scales
       const F32x16 scaled = values[i] * inverse;
       const F32x16 half = bit_cast<F32x16>((bit_cast<U32x16>(scaled) & 0x80000000u) | 0x3f000000u);
       const I32x16 rounded = inverse > 0 ? convert<I32x16>(scaled + half) : I32x16{};
-      int8_t narrow[kLanes];
-      store_narrow(narrow, rounded);
       const int64_t left = group - i * kLanes;
-      std::memcpy(codes + start + i * kLanes, narrow, static_cast<size_t>(left < kLanes ? left : kLanes));
+      if (left >= kLanes) {
+        store_narrow(codes + start + i * kLanes, rounded);
+      } else {
+        int8_t narrow[kLanes];
+        store_narrow(narrow, rounded);
+        std::memcpy(codes + start + i * kLanes, narrow, static_cast<size_t>(left));
+      }
       total += rounded;
     }
     scales[start / group] = peak / 127.0f + broken;

@@ -34,7 +34,7 @@ def test_a_model_is_trained_by_the_options(tmp_path: Path) -> None:
         *("--dataset", tmp_path / "a.txt", "--dataset-weight", "3", "--dataset", tmp_path / "b.txt"),
         *("--dataset-weight", "1", "--max-length", "64", "--learning-rate", "0.01", "--optim", "muon"),
         *("--lr-scheduler-type", "wsd", "--decay-steps", "2", "--gradient-accumulation-steps", "2"),
-        *("--dtype", "bfloat16", "--mesh", "fsdp=2", "--max-grad-norm", "0"),
+        *("--dtype", "bfloat16", "--fp8", "--mesh", "fsdp=2", "--max-grad-norm", "0"),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"The model is in {tmp_path}/out/model. Serve it with: tenfold serve {tmp_path}/out/model\n"
@@ -42,7 +42,8 @@ def test_a_model_is_trained_by_the_options(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model" / "config.json").exists()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["optimizer"]["optimizer"] == "muon" and config["optimizer"]["max_grad_norm"] is None
-    assert (config["steps"], config["dtype"]) == (3, "bfloat16")
+    assert "cpu has no units for 8-bit floats" in done.stderr
+    assert (config["steps"], config["dtype"], config["fp8"]) == (3, "bfloat16", True)
     assert (config["parallelism"]["mesh"], config["parallelism"]["micro_batches"]) == ("fsdp=2", 2)
 
 

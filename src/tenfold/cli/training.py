@@ -129,6 +129,10 @@ Accumulation = Annotated[
 DtypeName = Annotated[
     Dtype, typer.Option(help="That losses are computed in; weights are kept in float32.", rich_help_panel=_RUN)
 ]
+Fp8 = Annotated[
+    bool,
+    typer.Option("--fp8", help="Products of linear layers, and their gradients, in 8 bits.", rich_help_panel=_RUN),
+]
 Mesh = Annotated[
     str, typer.Option(help='Axes and sizes, such as "data=2,fsdp=4"; without, one device.', rich_help_panel=_RUN)
 ]
@@ -238,6 +242,7 @@ def train_config(
     adam_beta2: AdamBeta2 = 0.95,
     max_grad_norm: MaxGradNorm = 1.0,
     dtype: DtypeName = Dtype.FLOAT32,
+    fp8: Fp8 = False,
     save_steps: SaveSteps = 500,
     save_total_limit: SaveTotalLimit = 3,
     metric_for_best_model: BestMetric = None,
@@ -270,6 +275,7 @@ def train_config(
         ),
         parallelism=parallelism,
         dtype=str(dtype),
+        fp8=fp8,
         eval_steps=eval_steps,
         checkpoints=CheckpointConfig(
             save_steps=save_steps, save_total_limit=save_total_limit, metric_for_best_model=metric_for_best_model

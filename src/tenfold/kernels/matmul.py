@@ -2,7 +2,8 @@
 
 A weight is a plain matrix, a `QuantizedWeight`, or, on a CPU with the native operations, a `PackedWeight`: either of
 them, repacked once into the panels that the native loops read from first to last. An `AdaptedWeight` adds what is
-trained of a weight to one of them that is not. `reference` defines the result.
+trained of a weight to one of them that is not. A `Float8Weight` is multiplied in 8-bit floats. `reference` defines the
+result.
 
 The native products of quantised weights round the activations to 8 bits too, in groups of at most 128 inputs, which is
 off by at most 1/254 of the group's largest. All others compute with the activations as they are.
@@ -24,7 +25,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
-from tenfold.kernels import native
+from tenfold.kernels import float8, native
 
 PANEL = 32  # outputs of a panel; as in src/native/kernels.h
 TOGETHER = {32: 1, 16: 2, 8: 4, 4: 8}  # inputs that stand together in a panel, by the bits of a weight
@@ -139,6 +140,18 @@ class ObservedWeight:
     dims: tuple[int, ...]
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
+@dataclass(frozen=True)
+class Float8Weight:
+    """A plain weight whose products, and their gradients, are those of `float8.products`.
+
+    Attributes:
+        array: [D, O...], as it is trained: rounded by every product anew.
+    """
+
+    array: Any
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["base", "a", "b", "magnitude", "key"],
@@ -179,19 +192,22 @@ class AdaptedWeight:
     def factors(self, inputs: int) -> Float[Array, "1 N"]:
         """What the magnitude makes of every output, in float32; needs a base that is no `PackedWeight`."""
         a, b = self.matrices(inputs, jnp.float32)
-        base = self.base.dequantize(jnp.float32) if isinstance(self.base, QuantizedWeight) else self.base
+        base = self.base.array if isinstance(self.base, Float8Weight) else self.base
+        base = base.dequantize(jnp.float32) if isinstance(base, QuantizedWeight) else base
         whole = base.reshape(inputs, -1).astype(jnp.float32) + self.scale * jnp.matmul(a, b)
         lengths = jax.lax.stop_gradient(jnp.linalg.norm(whole, axis=0, keepdims=True))
         return self.magnitude.reshape(1, -1).astype(jnp.float32) / lengths
 
 
-Weight = jax.Array | QuantizedWeight | PackedWeight | ObservedWeight | AdaptedWeight
+Weight = jax.Array | QuantizedWeight | PackedWeight | ObservedWeight | Float8Weight | AdaptedWeight
 
 
 def output_dims(weight: Weight, inputs: int) -> tuple[int, ...]:
     """The dims of an output of `weight`, whose leading dims are contracted with `inputs` inputs."""
     if isinstance(weight, AdaptedWeight):
         return output_dims(weight.base, inputs)
+    if isinstance(weight, Float8Weight):
+        return output_dims(weight.array, inputs)
     if not isinstance(weight, jax.Array):
         return weight.dims
     leading = next(i for i in range(1, weight.ndim) if math.prod(weight.shape[:i]) == inputs)
@@ -199,9 +215,11 @@ def output_dims(weight: Weight, inputs: int) -> tuple[int, ...]:
 
 
 def reference(x: Float[Array, "M D"], weight: Weight, dtype: DTypeLike | None = None) -> Float[Array, "M N"]:
-    """The definition, in plain XLA: of a plain, quantised, observed or adapted weight."""
+    """The definition, in plain XLA: of any weight but a packed one."""
     if isinstance(weight, ObservedWeight):
         return weight.product(x)
+    if isinstance(weight, Float8Weight):
+        return _float8_products(x, [weight], dtype)[0]
     if isinstance(weight, AdaptedWeight):
         return _adapted_product(x, weight, dtype)
     assert not isinstance(weight, PackedWeight), "packed weights are for native products only"
@@ -244,6 +262,10 @@ def _dropped(x: jax.Array, key: jax.Array, share: float) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key, 1 - share, x.shape), x / (1 - share), 0).astype(x.dtype)
 
 
+def _float8_products(x: jax.Array, weights: Sequence[Float8Weight], dtype: DTypeLike | None) -> tuple[jax.Array, ...]:
+    return float8.products(x, *(w.array.reshape(x.shape[1], -1) for w in weights), dtype=dtype or x.dtype)
+
+
 def matmul(x: Float[Array, "M D"], *weights: Weight, dtype: DTypeLike | None = None) -> tuple[Float[Array, "M _"], ...]:
     """x · w for each weight; together, because one call over several costs little more than over one.
 
@@ -253,10 +275,12 @@ def matmul(x: Float[Array, "M D"], *weights: Weight, dtype: DTypeLike | None = N
         dtype: of the results; x's by default.
     """
     results: list[jax.Array] = []
-    for packing, alike in itertools.groupby(weights, lambda w: w.format if isinstance(w, PackedWeight) else None):
-        if packing:
-            packed = [w for w in alike if isinstance(w, PackedWeight)]
-            results += native_products(x, packed, jnp.dtype(dtype or x.dtype))
+    for kind, group in itertools.groupby(weights, lambda w: w.format if isinstance(w, PackedWeight) else type(w)):
+        alike: Any = list(group)
+        if isinstance(kind, tuple):
+            results += native_products(x, alike, jnp.dtype(dtype or x.dtype))
+        elif kind is Float8Weight:
+            results += _float8_products(x, alike, dtype)
         else:
             results += [reference(x, w, dtype) for w in alike]
     return tuple(results)
@@ -344,7 +368,7 @@ def _columns(groups: Float[Array, "G N"]) -> Float[Array, "P G 32"]:
 
 def lookup(weight: Weight, columns: Int[Array, " T"], dtype: DTypeLike) -> Float[Array, "T D"]:
     """The weights of single outputs: what an embedding that also serves as the last product is asked for."""
-    assert not isinstance(weight, ObservedWeight | AdaptedWeight), "an observed or adapted weight has products only"
+    assert not isinstance(weight, ObservedWeight | Float8Weight | AdaptedWeight), "such a weight has products only"
     if isinstance(weight, QuantizedWeight):
         rows = replace(weight, codes=weight.codes[:, columns], scales=weight.scales[:, columns],
                        mins=None if weight.mins is None else weight.mins[:, columns])  # fmt: skip

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -178,4 +179,5 @@ def cos_sin(
 ) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
     """Float32 cosines and sines of each position, with the rule's attention factor folded in."""
     angles = positions[:, None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(rope, max_len))[None, :]
-    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+    found = jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+    return jax.lax.optimization_barrier(found)  # or XLA computes them again in each layer, for each head

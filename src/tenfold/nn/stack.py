@@ -28,7 +28,9 @@ with weights, and on a GPU of attention; or those of products, kept in the host'
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["received"], meta_fields=["layout", "remat", "unroll", "stage"]
+    jax.tree_util.register_dataclass,
+    data_fields=["received"],
+    meta_fields=["layout", "remat", "unroll", "stage", "fp8"],
 )
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -40,6 +42,7 @@ class Placement:
         unroll: compile each of the stacked layers by itself. A scan copies what goes in and out of a layer.
         stage: whether the layers are the share of one stage of a pipeline.
         received: what a stage's first layer is given: what the stage before passed on; None for the first stage.
+        fp8: whether the products of their linear layers are made in 8-bit floats.
     """
 
     layout: Layout = NOWHERE
@@ -47,6 +50,7 @@ class Placement:
     unroll: bool = False
     stage: bool = False
     received: Any = None
+    fp8: bool = False
 
 
 PLAIN = Placement()

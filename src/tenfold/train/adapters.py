@@ -236,11 +236,16 @@ def start(config: TuningConfig) -> Start:
     if config.quantization is not None and config.lora is None:
         raise ConfigError("weights in few bits cannot be trained; train adapters over them, or leave quantization out")
     parallelism = config.training.parallelism
-    placement = parallelism.make_placement()
+    placement = parallelism.make_placement(fp8=config.training.fp8)
     if config.quantization is not None and placement.layout.mesh is not None:
         raise ConfigError("weights in few bits are not spread over a mesh; leave quantization or the mesh out")
     if config.lora is None and checkpoint.read_quantization(path) is not None:
         raise ConfigError(f"the weights of {path} are quantised: train adapters over them, or their original")
+    if config.training.fp8 and (config.quantization is not None or checkpoint.read_quantization(path) is not None):
+        raise ConfigError(
+            "fp8 rounds plain weights, and those under the adapters are in few bits: leave fp8 out, or take the plain "
+            "checkpoint without quantization"
+        )
     hf = checkpoint.read_config(path)
     begun = Start(config, path, hf, resolve(hf), Tokenizer.load(path), placement)
     check_fit(begun.model, begun.tokenizer, config.max_length)

@@ -210,14 +210,16 @@ def read_pairs(records: Records, tokenizer: Tokenizer, kind: str, length: int) -
     return alone([a for a, _ in pairs], length, pad_id), alone([b for _, b in pairs], length, pad_id)
 
 
-def reference_logprobs(params: Tree, model: Model, pairs: Sequence[Rows], layout: Layout = NOWHERE) -> np.ndarray:
+def reference_logprobs(
+    params: Tree, model: Model, pairs: Sequence[Rows], layout: Layout = NOWHERE, *, fp8: bool = False
+) -> np.ndarray:
     """Of each row of some `Rows` [N, L], the answer's log-probability: float32 [N, len(pairs)]; some at a time.
 
     `layout` says where the weights lie; all processes have all rows.
     """
     everywhere = None if layout.mesh is None else NamedSharding(layout.mesh, PartitionSpec())
     score: Callable[[Tree, Rows], jax.Array] = jax.jit(
-        lambda params, rows: answer_logprobs(params, model, rows), out_shardings=everywhere
+        lambda params, rows: answer_logprobs(params, model, rows, Placement(fp8=fp8)), out_shardings=everywhere
     )
 
     def of(rows: Rows) -> np.ndarray:
@@ -245,7 +247,8 @@ def dpo(config: DpoConfig, output: Path) -> Trained:
     records = open_records(config.dataset.where, _COLUMNS[config.format], split=config.dataset.split)
     chosen, rejected = read_pairs(records, begun.tokenizer, config.format, tuning.max_length)
     weights = begun.base if tuning.lora else begun.load_base()  # the latter is not needed again
-    reference = reference_logprobs(weights, begun.model, (chosen, rejected), begun.layout)
+    fp8 = tuning.training.fp8  # the reference, too: what differs from it shall not be how numbers are rounded
+    reference = reference_logprobs(weights, begun.model, (chosen, rejected), begun.layout, fp8=fp8)
     del weights
     index, shares = begun.layout.row_share
     batches = example_batches(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from tenfold.data.packing import Rows
 from tenfold.models.family import Model
+from tenfold.nn.float8 import in_float8
 from tenfold.nn.packed import packed_attend
 from tenfold.nn.param import Tree
 from tenfold.nn.stack import PLAIN, Placement, place_layers
@@ -54,6 +55,7 @@ def flat_states(
     layout = placement.layout
     attend = packed_attend(jnp.asarray(rows.segment_ids), layout)
     tokens, positions = (layout.flatten(jnp.asarray(x)) for x in (rows.tokens, rows.positions))
+    params = in_float8(params, model.params(stacked=True)) if placement.fp8 else params
     return model.forward(place_layers(params, placement), tokens, positions, attend)
 
 

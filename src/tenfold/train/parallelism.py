@@ -43,10 +43,10 @@ class Parallelism:
         if self.micro_batches < 1 or self.stages < 1:
             raise ConfigError("micro_batches and stages must be at least 1")
 
-    def make_placement(self) -> Placement:
+    def make_placement(self, *, fp8: bool = False) -> Placement:
         """Where activations lie on this machine's devices. Raises ConfigError if the mesh is not one of them."""
         layout = Layout(make_mesh(parse_mesh(self.mesh, jax.device_count()))) if self.mesh else NOWHERE
-        return Placement(layout=layout, remat=self.remat, unroll=self.unroll)
+        return Placement(layout=layout, remat=self.remat, unroll=self.unroll, fp8=fp8)
 
     def make_schedule(self, layout: Layout) -> Schedule | None:
         """The schedule of the mesh's pipeline; None without one. Raises ConfigError if its numbers do not fit."""

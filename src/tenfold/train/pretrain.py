@@ -140,7 +140,7 @@ def plan_pretraining(config: PretrainConfig) -> Plan:
 
 def _job(config: PretrainConfig, path: Path, model: Model) -> Job:
     parallelism = config.training.parallelism
-    placement = parallelism.make_placement()
+    placement = parallelism.make_placement(fp8=config.training.fp8)
     layout, declared = placement.layout, model.params(stacked=True)
     layout.check(config.batch_size, config.max_length, parallelism.micro_batches)
     shardings = None if layout.mesh is None else param.shardings(declared, layout.mesh)  # pyright: ignore[reportArgumentType]

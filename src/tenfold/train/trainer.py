@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from tenfold.base.errors import ConfigError, TrainingError
+from tenfold.kernels.float8 import has_units
 from tenfold.nn.param import Tree, abstract
 from tenfold.parallel.hosts import gather
 from tenfold.parallel.layout import NOWHERE, Layout
@@ -56,6 +57,7 @@ class TrainConfig:
         optimizer: how weights change.
         parallelism: how the run is spread over devices.
         dtype: that the loss is computed in: "float32", or "bfloat16" with float32 masters.
+        fp8: make the products of linear layers within the model's layers, and their gradients, in 8-bit floats.
         eval_steps: steps between evaluations; there is one at the end, too.
         checkpoints: when they are made, and which are kept.
         checkpoint_dir: where, if not in the run's directory; a path, or a `file://`, `gs://`, `s3://` or `az://` URI.
@@ -69,6 +71,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallelism: Parallelism = field(default_factory=Parallelism)
     dtype: str = "float32"
+    fp8: bool = False
     eval_steps: int = 500
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     checkpoint_dir: str | None = None
@@ -144,6 +147,9 @@ def train(
         CheckpointError: there are checkpoints, and all are damaged.
         TrainingError: a loss was bad; says which batch's, and where that was written.
     """
+    device = jax.devices()[0]
+    if config.fp8 and not has_units(device):
+        logger.warning("%s has no units for 8-bit floats: fp8 rounds as there, but saves no time", device.device_kind)
     run_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stop = stack.enter_context(told_to_stop())
