@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from queue import Queue
+from threading import Event, Thread
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+import pytest
 
 
 class Server:
@@ -19,6 +24,10 @@ class Server:
         requests: the method, path and Range header of every request.
         break_after: the number of file requests after which the server fails; None never.
         status: answers every request with this status and these headers instead, if not None.
+        held: regular expression of paths that are not written before `release` is set; None holds none.
+        holding: paths that are being held.
+        denied: nothing may be written.
+        once: paths of objects that are gone when they were read.
     """
 
     def __init__(self) -> None:
@@ -26,6 +35,11 @@ class Server:
         self.requests: list[tuple[str, str, str | None]] = []
         self.break_after: int | None = None
         self.status: tuple[int, dict[str, str]] | None = None
+        self.held: str | None = None
+        self.holding: Queue[str] = Queue()
+        self.release = Event()
+        self.denied = False
+        self.once: set[str] = set()
         self.url = ""
 
     def downloads(self) -> list[str]:
@@ -35,6 +49,10 @@ class Server:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_state: ClassVar[Server]
+
+    def handle(self) -> None:
+        with suppress(ConnectionResetError):  # by a client that was killed
+            super().handle()
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -88,10 +106,14 @@ class S3Handler(Handler):
         files = self.server_state.files
         if "list-type" not in query:
             content = files.get(path)
+            if path in self.server_state.once and self.command == "GET":
+                files.pop(path, None)
             self.answer(404) if content is None else self.send_file(content, {})
             return
         bucket = f"/{path.strip('/')}/"
-        keys = [name.removeprefix(bucket) for name in files if name.startswith(bucket + query.get("prefix", ""))]
+        keys = [
+            name.removeprefix(bucket) for name in sorted(files) if name.startswith(bucket + query.get("prefix", ""))
+        ]
         flat = "delimiter" in query
         here = [key for key in keys if not flat or "/" not in key.removeprefix(query.get("prefix", ""))]
         entries = "".join(
@@ -101,6 +123,36 @@ class S3Handler(Handler):
             for key in here
         )
         self.answer(200, f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode())
+
+
+class WritableS3Handler(S3Handler):
+    """S3 that takes and forgets objects, too."""
+
+    def do_PUT(self) -> None:
+        state, path = self.server_state, unquote(urlsplit(self.path).path)
+        state.requests.append((self.command, path, None))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if state.held is not None and re.search(state.held, path):
+            state.holding.put(path)
+            state.release.wait()
+            self.close_connection = True  # the client is dead by then
+            return
+        if state.denied:
+            self.answer(403)
+            return
+        state.files[path] = body
+        self.answer(200, headers={"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
+
+    def do_POST(self) -> None:
+        """DeleteObjects."""
+        url = urlsplit(self.path)
+        assert url.query == "delete"
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        keys = re.findall("<Key>(.*?)</Key>", body)
+        for key in keys:
+            self.server_state.files.pop(f"/{url.path.strip('/')}/{key}", None)
+        deleted = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)
+        self.answer(200, f"<DeleteResult>{deleted}</DeleteResult>".encode())
 
 
 class HubHandler(Handler):
@@ -153,3 +205,16 @@ def serving(handler: type[Handler]) -> Iterator[Server]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def writable_s3(patch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """An S3 that the environment names, for this process and those that it starts."""
+    with serving(WritableS3Handler) as server:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        settings = {"ENDPOINT": server.url, "ALLOW_HTTP": "true", "REGION": "us-east-1"}
+        for name, value in (settings | {"ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "secret"}).items():
+            patch.setenv(f"AWS_{name}", value)
+        yield server
+        server.release.set()

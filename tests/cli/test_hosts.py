@@ -74,3 +74,22 @@ def test_every_recipe_has_a_manifest(recipe: str, capsys: pytest.CaptureFixture[
 def test_options_that_do_not_fit_are_refused(more: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         app(["train", *PRETRAIN, *more], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("more", "runs"),
+    [
+        ([], {"persistentVolumeClaim": {"claimName": "tenfold"}}),
+        (["--checkpoint-dir", "gs://bucket/run"], {"emptyDir": {}}),
+        (["--checkpoint-dir", "gs://bucket/run", "--volume", "c:/d"], {"persistentVolumeClaim": {"claimName": "c"}}),
+        (["--checkpoint-dir", "/elsewhere"], {"persistentVolumeClaim": {"claimName": "tenfold"}}),
+    ],
+)
+def test_hosts_need_a_volume_unless_checkpoints_are_in_a_store(
+    more: list[str], runs: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    app(["train", *PRETRAIN, *more, "--print-k8s"], standalone_mode=False)
+    found = yaml.safe_load(said := capsys.readouterr().out)
+    pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["volumes"][0] == {"name": "runs", **runs}
+    assert ("# tenfold[cloud]." in said) == ("emptyDir" in runs)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -16,6 +16,7 @@ import pytest
 from tenfold.base.errors import START_AGAIN
 from tenfold.testing.tiny import write_tiny_checkpoint
 from tenfold.train.events import read_events
+from tests.base.servers import writable_s3
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -60,7 +61,9 @@ def arguments(shared: Path, output: Path) -> list[str]:
     ]
 
 
-def start(shared: Path, output: Path, other: Path | None = None) -> list[subprocess.Popen[str]]:
+def start(
+    shared: Path, output: Path, other: Path | None = None, more: Sequence[str] = ()
+) -> list[subprocess.Popen[str]]:
     """Both hosts, of which the second one may write elsewhere."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -68,7 +71,7 @@ def start(shared: Path, output: Path, other: Path | None = None) -> list[subproc
     places = ({"JAX_COORDINATOR_ADDRESS": coordinator, "JAX_PROCESS_ID": str(i)} for i in range(2))
     return [
         subprocess.Popen(
-            [TENFOLD, "train", *arguments(shared, where)],
+            [TENFOLD, "train", *arguments(shared, where), *more],
             env=os.environ | place | {"JAX_NUM_PROCESSES": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -127,6 +130,30 @@ def test_a_killed_host_ends_the_other_and_both_go_on_bit_for_bit(
     assert SAVE_STEPS <= len(losses(tmp_path)) < STEPS
     finish(start(shared, tmp_path))
     assert losses(tmp_path) == losses(whole)
+
+
+def test_hosts_that_share_nothing_but_an_object_store_go_on_bit_for_bit(
+    shared: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = (tmp_path / "a", tmp_path / "b")
+    with writable_s3(monkeypatch) as s3:
+        store = ("--checkpoint-dir", "s3://bucket/run")
+        processes = start(shared, *outputs, more=store)
+        s3.held = rf"/run/{2 * SAVE_STEPS}/.*/COPIED-1$"
+        s3.holding.get(timeout=600)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.communicate()
+        s3.held = None
+        s3.release.set()
+        said = finish(start(shared, *outputs, more=store))
+        assert "is also in s3://bucket/run/output." in said[0] and "s3://" not in said[1]
+        kept = {path.removeprefix("/bucket/run/output/"): body for path, body in s3.files.items() if "/output/" in path}
+    assert losses(outputs[0]) == losses(whole)
+    assert not (outputs[1] / "model").exists()
+    assert kept["model/model.safetensors"] == (whole / "model" / "model.safetensors").read_bytes()
+    assert kept["events.jsonl"] == (outputs[0] / "events.jsonl").read_bytes()
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")  # by Ray, before it starts another program

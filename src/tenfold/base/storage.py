@@ -19,7 +19,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import WeakFileLock, tqdm
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from tenfold.base.errors import CheckpointError
+from tenfold.base.errors import CheckpointError, ConfigError
 from tenfold.base.files import CHECKPOINT_FILES, SECOND_COPIES, gguf_pattern, matches, no_safetensors
 from tenfold.base.paths import cache_dir
 
@@ -137,6 +137,21 @@ class _NoBar(tqdm):
         super().__init__(*args, **kwargs | {"disable": True})  # pyright: ignore[reportUnknownMemberType]
 
 
+def local_directory(directory: str) -> Path:
+    """The directory that a path or a `file://` URI names, and that need not exist.
+
+    Raises:
+        ConfigError: for another URI.
+    """
+    scheme, is_uri, _ = directory.partition("://")
+    if not is_uri:
+        return Path(directory).absolute()
+    if scheme == "file":
+        return Path(url2pathname(urlsplit(directory).path))
+    known = ", ".join(f"{known}://" for known in ("file", *OBJECT_STORES))
+    raise ConfigError(f"{directory}: nothing is written to {scheme}://; name a directory or {known}")
+
+
 # --- object stores --------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +202,17 @@ def fetch_files(where: str, files: Sequence[str], *, progress: bool = False) -> 
     return path.absolute()
 
 
+def put_files(directory: Path, uri: str) -> None:
+    """Copies all files of a directory to an object store, in place of those of the same names.
+
+    Raises:
+        CheckpointError: if that cannot be written.
+    """
+    names = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
+    with open_store(uri) as store, ThreadPoolExecutor(_STREAMS) as pool:
+        list(pool.map(store.put, names, [directory / name for name in names]))
+
+
 @contextmanager
 def open_store(uri: str, directory: str | None = None) -> "Generator[ObjectStore]":
     """The store of a directory, of a URI or given by one of its own; what goes wrong with it is a CheckpointError that
@@ -222,7 +248,7 @@ def _copy_objects(uri: str, store: "ObjectStore", objects: Sequence["ObjectMeta"
         stop = threading.Event()
         with ThreadPoolExecutor(_STREAMS) as pool:
             copies = [
-                pool.submit(_copy_object, store, o, directory / o["path"], lambda n: bar.advance(task, n), stop)
+                pool.submit(copy_object, store, o, directory / o["path"], lambda n: bar.advance(task, n), stop)
                 for o in missing
             ]
             try:
@@ -235,9 +261,10 @@ def _copy_objects(uri: str, store: "ObjectStore", objects: Sequence["ObjectMeta"
     return directory
 
 
-def _copy_object(
+def copy_object(
     store: "ObjectStore", o: "ObjectMeta", target: Path, advance: Callable[[int], None], stop: threading.Event
 ) -> None:
+    """Copies one object to a file, which has its name when it is whole; goes on with a part of it that is there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
     with part.open("ab") as file:

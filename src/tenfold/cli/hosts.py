@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import typer
@@ -46,7 +46,7 @@ Volume = Annotated[
     str | None,
     typer.Option(
         help="Claim of a volume that all hosts write to, and where it is mounted, of --print-k8s, such as "
-        "tenfold:/tenfold. Relative paths are on it.",
+        "tenfold:/tenfold. Relative paths are on it. Not needed with --checkpoint-dir in an object store.",
         rich_help_panel=_HOSTS,
     ),
 ]
@@ -82,7 +82,7 @@ def send(
         from tenfold.runtime.jobset import JobSetConfig, jobset_manifest
 
         output = PurePosixPath(context.params["output"])
-        claim, mount = _parse_volume(volume, output)
+        claim, mount = _parse_volume(volume, output, needed=not _in_store(context.params.get("checkpoint_dir")))
         config = JobSetConfig(
             name=_name(output.name),
             command=("tenfold", "train", *command_line(context)),
@@ -156,10 +156,10 @@ def _parse_accelerator(text: str | None) -> tuple[str, int] | None:
     return kind, int(count)
 
 
-def _parse_volume(text: str | None, output: PurePosixPath) -> tuple[str, str]:
-    """The claim and the path of "tenfold:/tenfold"; without a text, such that the output is on it."""
+def _parse_volume(text: str | None, output: PurePosixPath, *, needed: bool) -> tuple[str | None, str]:
+    """The claim and the path of "tenfold:/tenfold"; without a text, such that the output is there."""
     if text is None:
-        return "tenfold", str(output.parent) if output.is_absolute() else "/tenfold"
+        return "tenfold" if needed else None, str(output.parent) if output.is_absolute() else "/tenfold"
     claim, _, mount = text.partition(":")
     if not claim or not mount.startswith("/"):
         raise ConfigError(f"--volume takes a claim and an absolute path, such as tenfold:/tenfold, not {text!r}")
@@ -208,3 +208,36 @@ def as_one() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(START_AGAIN if isinstance(error, HostLostError) else 1)
+
+
+@contextmanager
+def output_kept(output: Path, checkpoint_dir: str | None) -> Iterator[None]:
+    """Around a recipe: what it wrote is copied beside its checkpoints when it ends or is stopped, if those are in an
+    object store, since then no disk need outlive the hosts.
+
+    Raises:
+        CheckpointError: the store cannot be written.
+    """
+    try:
+        yield
+    except typer.Exit:  # of a run that is not done
+        _keep(output, checkpoint_dir)
+        raise
+    _keep(output, checkpoint_dir)
+
+
+def _keep(output: Path, checkpoint_dir: str | None) -> None:
+    found = paths.cluster()
+    if checkpoint_dir is None or not _in_store(checkpoint_dir) or (found is not None and found[2] > 0):
+        return
+    from tenfold.base.storage import put_files
+
+    kept = f"{checkpoint_dir.rstrip('/')}/output"
+    put_files(output, kept)
+    print(f"What is in {output} is also in {kept}.")
+
+
+def _in_store(checkpoint_dir: str | None) -> bool:
+    from tenfold.base.storage import OBJECT_STORES
+
+    return checkpoint_dir is not None and checkpoint_dir.partition("://")[0] in OBJECT_STORES

@@ -182,7 +182,11 @@ BestMetric = Annotated[
 ]
 CheckpointDir = Annotated[
     str | None,
-    typer.Option(help="Where, if not in --output; also a file://, gs://, s3:// or az:// URI.", rich_help_panel=_RUN),
+    typer.Option(
+        help="Where, if not in --output; also a file://, gs://, s3:// or az:// URI. To an object store, what "
+        "--output has is then copied, too, when the run ends; so hosts need not share that.",
+        rich_help_panel=_RUN,
+    ),
 ]
 EvalSteps = Annotated[int, typer.Option(min=1, help="Steps between evaluations.", rich_help_panel=_RUN)]
 BadStep = Annotated[
@@ -318,7 +322,8 @@ def trains(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., Non
                 return
             parallelism = parallelism_config(**{p.name: given.pop(p.name) for p in spread})
             training = train_config(parallelism, **{p.name: given.pop(p.name) for p in run_options})
-            with hosts.as_one():
+            kept = None if given.get("plan") else training.checkpoint_dir
+            with hosts.as_one(), hosts.output_kept(given["output"], kept):
                 command(**given, training=training)
 
         made: Any = functools.update_wrapper(run, command)

@@ -27,8 +27,9 @@ class JobSetConfig:
         image: of the containers.
         hosts: how many.
         accelerator: "gpu" or "tpu", and how many each host has.
-        claim: name of a PersistentVolumeClaim that all hosts may write to.
-        mount: where it is mounted; the command runs there.
+        claim: name of a PersistentVolumeClaim that all hosts may write to; None gives each an empty directory, which is
+            lost with it.
+        mount: where that is mounted; the command runs there.
         node_selector: labels of the nodes that hosts may be.
         max_restarts: of all hosts together, when one has failed.
     """
@@ -38,7 +39,7 @@ class JobSetConfig:
     image: str
     hosts: int = 1
     accelerator: tuple[str, int] | None = None
-    claim: str = "tenfold"
+    claim: str | None = "tenfold"
     mount: str = "/tenfold"
     node_selector: Mapping[str, str] = field(default_factory=dict[str, str])
     max_restarts: int = 3
@@ -46,15 +47,24 @@ class JobSetConfig:
 
 def jobset_manifest(config: JobSetConfig) -> str:
     """The JobSet as YAML, for `kubectl apply`."""
-    return _ABOUT.format(claim=config.claim, mount=config.mount, image=config.image) + yaml.dump(
-        jobset(config), Dumper=_Dumper, sort_keys=False, width=2**16, allow_unicode=True
+    about = (_NO_VOLUME if config.claim is None else _VOLUME).format(claim=config.claim, mount=config.mount)
+    return (
+        _ABOUT.format(image=config.image)
+        + about
+        + yaml.dump(jobset(config), Dumper=_Dumper, sort_keys=False, width=2**16, allow_unicode=True)
     )
 
 
 _ABOUT = """\
-# For a cluster with the JobSet controller. The image {image} has to hold tenfold[train], and the claim {claim}
-# to be of a volume that all hosts may write to (ReadWriteMany): at {mount} are the checkpoints, and what
-# relative paths name.
+# For a cluster with the JobSet controller. The image {image} has to hold tenfold[train], and further:
+"""
+_VOLUME = """\
+# the claim {claim} has to be of a volume that all hosts may write to (ReadWriteMany): at {mount} are the
+# checkpoints, and what relative paths name.
+"""
+_NO_VOLUME = """\
+# tenfold[cloud]. Each host has an empty directory at {mount}, which is lost with it: name models and data by ids, URIs
+# or paths in the image. The hosts need the credentials of the object store, such as by their service account.
 """
 
 
@@ -90,7 +100,10 @@ def _job(config: JobSetConfig) -> dict[str, Any]:
 
 
 def _pod(config: JobSetConfig) -> dict[str, Any]:
-    volumes: list[dict[str, Any]] = [{"name": "runs", "persistentVolumeClaim": {"claimName": config.claim}}]
+    runs: dict[str, Any] = (
+        {"emptyDir": {}} if config.claim is None else {"persistentVolumeClaim": {"claimName": config.claim}}
+    )
+    volumes: list[dict[str, Any]] = [{"name": "runs", **runs}]
     mounts = [{"name": "runs", "mountPath": config.mount}]
     resources: dict[str, Any] = {}
     if config.accelerator is not None:

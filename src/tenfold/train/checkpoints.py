@@ -5,19 +5,15 @@ see is a file that was damaged later; for that, every array has a fingerprint, w
 """
 
 import logging
-import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
@@ -25,7 +21,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from tenfold.base.copies import Copies
 from tenfold.base.errors import CheckpointError, ConfigError
-from tenfold.base.storage import OBJECT_STORES
+from tenfold.base.storage import OBJECT_STORES, local_directory
+from tenfold.parallel.hosts import check_shared, gather, together
 from tenfold.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -73,13 +70,12 @@ class Checkpoints:
     """The checkpoints of one run. All processes of a run call all methods.
 
     Args:
-        directory: a path or a `file://` URI, made if need be; or a `gs://`, `s3://` or `az://` URI, which they
-            are copied to from a temporary directory, behind the next steps.
+        directory: a path or a `file://` URI, made if need be, the same for all; or a `gs://`, `s3://` or `az://` URI,
+            which each process copies its part to from a temporary directory of its own, behind the next steps.
         config: when, and which are kept.
 
     Raises:
-        ConfigError: for another URI, an object store and several processes, or hosts that see different directories
-            under the path.
+        ConfigError: for another URI, or hosts that see different directories under the path.
         CheckpointError: if the object store cannot be read.
     """
 
@@ -90,11 +86,11 @@ class Checkpoints:
         with ExitStack() as opened:
             if directory.partition("://")[0] in OBJECT_STORES:
                 path = Path(opened.enter_context(TemporaryDirectory(prefix="tenfold-checkpoints-")))
-                self._copies = opened.enter_context(closing(_fetch_copies(directory, path)))
+                self._copies = opened.enter_context(closing(_open_copies(directory, path)))
             else:
-                path = _find(directory)
-                _check_shared(path)
-            self._manager = ocp.CheckpointManager(path, options=_options(config))
+                path = local_directory(directory)
+                check_shared(path)
+            self._manager = _open_manager(path, config, shared=self._copies is None)
             self._opened = opened.pop_all()
         self.directory = self._manager.directory
 
@@ -111,6 +107,8 @@ class Checkpoints:
             return
         name = self.config.metric_for_best_model
         chosen = {name: metrics[name]} if name and metrics and name in metrics else None
+        if self._copies is not None:
+            self._copies.start(step)
         self._manager.save(
             step,
             args=ocp.args.Composite(**{
@@ -120,8 +118,6 @@ class Checkpoints:
             metrics=chosen,
             force=True,
         )  # fmt: skip
-        if self._copies is not None:
-            self._copies.start(step)
 
     def restore(self, target: TrainState) -> Restored | None:
         """The latest checkpoint that is whole; None if there is none at all. Later, damaged ones are moved aside.
@@ -134,13 +130,15 @@ class Checkpoints:
             CheckpointError: if there are checkpoints, and all are damaged.
         """
         self._manager.wait_until_finished()
+        if self._copies is not None:
+            self._copies.settle()
         self._manager.reload()
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged: list[int] = []
         for step in steps:
             try:
                 restored = self._restore(step, target)
-            except ConfigError:
+            except (ConfigError, jax.errors.JaxRuntimeError):  # such as of another host, which is gone
                 raise
             except Exception as error:  # noqa: BLE001 -- what damage makes Orbax and its stores raise is open
                 logger.warning("the checkpoint of step %d is damaged and is passed over: %.200s", step, error)
@@ -164,7 +162,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
         if self._copies is not None:
-            self._copies.finish()
+            together(self._copies.finish)
+            self._copies.prune()
 
     def close(self) -> None:
         """Waits, and ends the threads."""
@@ -174,6 +173,9 @@ class Checkpoints:
     def _restore(self, step: int, target: TrainState) -> Restored:
         found = self._manager.restore(step, args=ocp.args.Composite(**{_HOST: ocp.args.JsonRestore()}))[_HOST]
         _check_arrays(found["arrays"], target, f"{self.where}/{step}")
+        if (copies := self._copies) is not None:
+            needed = {f"{_STATE}/{name}": boxes for name, boxes in _needed(target).items()}
+            together(lambda: copies.fetch(step, needed))
         arguments = {_STATE: ocp.args.StandardRestore(target)}
         state = self._manager.restore(step, args=ocp.args.Composite(**arguments))[_STATE]
         prints = fingerprints(state)
@@ -183,41 +185,32 @@ class Checkpoints:
         return Restored(step=step, state=state, host=found["run"])
 
     def _move_aside(self, steps: list[int]) -> None:
-        if jax.process_index() == 0:
+        if self._copies is not None:
+            self._copies.remove(steps)
+        elif jax.process_index() == 0:
             for step in steps:
                 (self.directory / str(step)).rename(self.directory / f"damaged-{step}")
-            if self._copies is not None:
-                self._copies.remove(steps)
         if steps:
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("damaged checkpoints are aside")
             self._manager.reload()
 
 
-def _fetch_copies(uri: str, directory: Path) -> Copies:
-    """The copies in an object store, of which the directory has those that are whole."""
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"{uri}: several processes write one checkpoint, so they need a directory that all of them have, on a "
-            "shared file system; name that"
-        )
-    copies = Copies(uri, directory)
-    copies.fetch()
+def _open_copies(uri: str, directory: Path) -> Copies:
+    """The copies in an object store, of which the directory has those that are whole, but for their arrays."""
+    copies = Copies(uri, directory, jax.process_index(), jax.process_count())
+    found = together(copies.look)[0]
+    copies.agree(gather(copies.begin(found)))
     return copies
 
 
-def _find(directory: str) -> Path:
-    """The directory that a path or a `file://` URI names."""
-    scheme, is_uri, _ = directory.partition("://")
-    if not is_uri:
-        return Path(directory).absolute()
-    if scheme == "file":
-        return Path(url2pathname(urlsplit(directory).path))
-    known = ", ".join(f"{known}://" for known in ("file", *OBJECT_STORES))
-    raise ConfigError(f"{directory}: checkpoints are not written to {scheme}://; name a directory or {known}")
-
-
-def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
+def _open_manager(path: Path, config: CheckpointConfig, *, shared: bool) -> ocp.CheckpointManager:
+    """Orbax's, of a directory that all processes share or of this one's own, where it writes no shared index."""
+    processes = ocp.options.MultiprocessingOptions(primary_host=0 if shared else None)
+    handlers: dict[str, Any] = {
+        _STATE: ocp.StandardCheckpointHandler(use_ocdbt=shared, multiprocessing_options=processes),
+        _HOST: ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+    }
     name, greater = config.metric_for_best_model, config.greater_is_better
     kept: list[Any] = [preservation_policy.LatestN(config.save_total_limit)]
     if name is not None:
@@ -229,12 +222,15 @@ def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
                 keep_checkpoints_without_metrics=False,
             )
         )
-    return ocp.CheckpointManagerOptions(
+    options = ocp.CheckpointManagerOptions(
         best_fn=None if name is None else lambda metrics: metrics[name],
         best_mode="max" if greater else "min",
         preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
         cleanup_tmp_directories=True,
+        create=shared,
+        multiprocessing_options=processes,
     )
+    return ocp.CheckpointManager(path, item_handlers=handlers, options=options)
 
 
 def describe(state: TrainState) -> dict[str, dict[str, Any]]:
@@ -284,31 +280,12 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _check_shared(directory: Path) -> None:
-    """Raises ConfigError unless what the first process writes to a directory is there for all."""
-    if jax.process_count() == 1:
-        return
-    mark = directory / f".seen-{gather(uuid.uuid4().hex.encode())[0].decode()}"
-    if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    multihost_utils.sync_global_devices("the mark is there")
-    seen = gather(str(int(mark.exists())).encode())
-    if jax.process_index() == 0:
-        mark.unlink()
-    if b"0" in seen:
-        raise ConfigError(
-            f"host {seen.index(b'0')} of {len(seen)} does not share {directory}, where checkpoints are to be written: "
-            "take an output on a network volume"
-        )
-
-
-def gather(value: bytes) -> list[bytes]:
-    """What each process has, in their order, in all of them."""
-    if jax.process_count() == 1:
-        return [value]
-    lengths = multihost_utils.process_allgather(np.asarray(len(value)))
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: len(value)] = np.frombuffer(value, np.uint8)
-    rows = multihost_utils.process_allgather(padded)
-    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+def _needed(target: TrainState) -> dict[str, list[list[tuple[int, int]]]]:
+    """What this process's devices have of each array, by the name of its directory."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): [
+            [piece.indices(size)[:2] for piece, size in zip(box, x.shape, strict=True)]
+            for box in x.sharding.addressable_devices_indices_map(x.shape).values()
+        ]
+        for path, x in jax.tree_util.tree_leaves_with_path(target)
+    }

@@ -23,9 +23,10 @@ from jax.sharding import SingleDeviceSharding
 from tenfold.base.errors import ConfigError, TrainingError
 from tenfold.kernels.float8 import has_units
 from tenfold.nn.param import Tree, abstract
+from tenfold.parallel.hosts import gather
 from tenfold.parallel.layout import NOWHERE, Layout
 from tenfold.train.batches import Batches, place
-from tenfold.train.checkpoints import CheckpointConfig, Checkpoints, gather
+from tenfold.train.checkpoints import CheckpointConfig, Checkpoints
 from tenfold.train.events import Events, Stopwatch
 from tenfold.train.flops import peak_flops
 from tenfold.train.guard import Guard, GuardConfig
