@@ -15,6 +15,12 @@ from tenfold.kernels import native
 NATIVE_DTYPES = ("float32", "bfloat16")
 
 
+def _suits_native(x: jax.Array, weight: jax.Array) -> bool:
+    # On a mesh XLA would gather all rows in every device, for an operation that it does not know how to split.
+    one_device = jax.sharding.get_abstract_mesh().empty
+    return one_device and x.dtype == weight.dtype and x.dtype.name in NATIVE_DTYPES and native.library() is not None
+
+
 def rms_reference(
     x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float, offset: float | None
 ) -> Float[Array, "*B D"]:
@@ -39,7 +45,7 @@ def rms_norm(
 
     On a CPU a row's result does not depend on the rows beside it, to the last bit: XLA's sums over a row do.
     """
-    if x.dtype != weight.dtype or x.dtype.name not in NATIVE_DTYPES or native.library() is None:
+    if not _suits_native(x, weight):
         return rms_reference(x, weight, eps, offset)
     return jax.lax.platform_dependent(
         x,
@@ -86,7 +92,7 @@ def layer_norm(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    if x.dtype != weight.dtype or x.dtype.name not in NATIVE_DTYPES or native.library() is None:
+    if not _suits_native(x, weight):
         return layer_reference(x, weight, bias, eps)
     return jax.lax.platform_dependent(
         x,
