@@ -23,6 +23,7 @@ from tests.nn.quantized_files import MODULE, NAME, declare, load, numbers
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 FORMATS = [path for path in GOLDEN if path.stem not in ("llama", "mxfp4")]
+PLAIN = ("fp8", "float8", "gptq-int4-by-importance")  # whose scales are not those of runs of integers
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
 SIZE, BITS = st.integers(1, 20), st.sampled_from([4, 8])
 
@@ -51,14 +52,12 @@ def test_a_format_is_read_as_by_its_own_library(tmp_path: Path, path: Path) -> N
     stored, expected, config = read_golden(path)
     weight = load(tmp_path, stored, config, declare(*expected[NAME].shape))["up"]
     assert_reads_as(numbers(weight), expected[NAME])
-    integers = not path.stem.startswith(("fp8", "float8"))
-    assert isinstance(weight, QuantizedWeight) == integers
+    assert isinstance(weight, QuantizedWeight) == (not path.stem.startswith(PLAIN))
     if isinstance(weight, QuantizedWeight):
-        assert weight.bits == (4 if "int4-" in path.stem and path.stem.startswith("pack") else 8) or path.stem in (
-            "awq",
-            "pack-int4-odd",
-        )
-        assert (weight.mins is not None) == ("asymmetric" in path.stem or path.stem == "awq")
+        packed = path.stem.startswith(("pack-int4-", "gptq-int4", "awq"))
+        odd = path.stem == "pack-int4-odd"  # inputs, of which the last has no other half of a byte
+        assert weight.bits == (4 if packed and not odd else 8)
+        assert (weight.mins is not None) == ("asymmetric" in path.stem or path.stem.startswith(("awq", "gptq")))
 
 
 @pytest.mark.parametrize("path", FORMATS, ids=lambda path: path.stem)

@@ -1,7 +1,8 @@
-"""What compressed-tensors and transformers make of quantised weights: run by the interpreter that has torch.
+"""What compressed-tensors, AutoGPTQ and transformers make of quantised weights: run by the interpreter that has torch.
 
     .venv-peers/bin/python -m pip install --no-deps compressed-tensors==0.20.0 loguru psutil
-    .venv-peers/bin/python -m tests.parity.quantized --write tests/nn/golden
+    .venv-peers/bin/python -m pip download --no-deps --dest build auto-gptq==0.7.1
+    .venv-peers/bin/python -m tests.parity.quantized --write tests/nn/golden --auto-gptq build/auto_gptq-0.7.1-*.whl
 
 A golden file is a checkpoint's tensors as its format has them; `expected.NAME`, the numbers that the other library
 reads them as; and in its metadata, what config.json says. Running it twice on one machine writes the same bytes.
@@ -10,6 +11,7 @@ reads them as; and in its metadata, what config.json says. Running it twice on o
 import argparse
 import json
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,38 @@ def awq() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return stored | {f"expected.{NAME}": expected}, config | {"modules_to_not_convert": None}
 
 
+def read_auto_gptq(wheel: Path) -> Any:
+    """The class of AutoGPTQ's layer in PyTorch. All of the package cannot be imported: it wants an older transformers."""
+    module: dict[str, Any] = {"__name__": "qlinear"}
+    exec(zipfile.ZipFile(wheel).read("auto_gptq/nn_modules/qlinear/qlinear_cuda.py"), module)
+    return module["QuantLinear"]
+
+
+def gptq(layer_class: Any, bits: int, group: int, *, ordered: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Packed by AutoGPTQ's layer, and read by it: what it makes of the rows of the unit matrix.
+
+    Not `ordered`: inputs belong to groups by importance (desc_act), so that neighbours have different scales.
+    """
+    N, D = 32, 64
+    rng = np.random.default_rng(bits)
+    layer = layer_class(bits, group, D, N, bias=False)
+    of = torch.arange(D, dtype=torch.int32) // group
+    linear = torch.nn.Linear(D, N, bias=False)
+    linear.weight.data = draw((N, D), 17)
+    scales = torch.tensor(rng.uniform(0.02, 0.2, (N, D // group)), dtype=torch.float32)
+    zeros = torch.tensor(rng.integers(1, 2**bits, (N, D // group)), dtype=torch.float32)
+    groups = of if ordered else of[torch.from_numpy(rng.permutation(D))]
+    steps = linear.weight.data / scales[:, groups.long()] + zeros[:, groups.long()]
+    codes = steps.round().clamp(0, 2**bits - 1)  # as quantisers cut off what does not fit, before they pack
+    linear.weight.data = (codes - zeros[:, groups.long()]) * scales[:, groups.long()]
+    layer.pack(linear, scales, zeros, groups)
+    expected = layer(torch.eye(D)).T.to(torch.float32)
+    parts = {"qweight": layer.qweight, "qzeros": layer.qzeros, "scales": layer.scales, "g_idx": layer.g_idx}
+    stored = {f"{MODULE}.{name}": tensor.clone() for name, tensor in parts.items()}
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": not ordered, "sym": False}
+    return stored | {f"expected.{NAME}": expected}, config
+
+
 def fp8(block: tuple[int, int] | None, *, powers: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """DeepSeek's blocks, whose last ones are ragged, read by compressed-tensors; others by transformers."""
     shape = (24, 40) if block and not powers else (16, 32)
@@ -222,10 +256,15 @@ def llama() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", type=Path, required=True)
-    directory = parser.parse_args().write
+    parser.add_argument("--auto-gptq", type=Path, required=True, help="its wheel")
+    given = parser.parse_args()
+    directory, layer_class = given.write, read_auto_gptq(given.auto_gptq)
     cases = {name: compressed(name, case) for name, case in COMPRESSED.items()}
     cases |= {
         "awq": awq(),
+        "gptq-int4": gptq(layer_class, 4, 16, ordered=True),
+        "gptq-int4-by-importance": gptq(layer_class, 4, 16, ordered=False),
+        "gptq-int8": gptq(layer_class, 8, 32, ordered=True),
         "fp8-block": fp8((16, 16)),
         "fp8-powers": fp8((8, 16), powers=True),
         "fp8-tensor": fp8(None),
