@@ -51,10 +51,10 @@ MEASURES = {
 }
 
 
-def measure(repeats: int, measures: list[str]) -> tuple[Rates, float]:
+def measure(repeats: int, measures: list[str], left_out: list[str]) -> tuple[Rates, float]:
     """Rates in tokens per second of every engine, and the bandwidth read in the same minutes."""
-    path = half_billion()
-    workers = {name: Worker(e, p, **o) for name, (e, p, o) in engines(path, half_billion_gguf()).items()}
+    known = engines(half_billion(), half_billion_gguf())
+    workers = {name: Worker(e, p, **o) for name, (e, p, o) in known.items() if name not in left_out}
     rates: Rates = {}
     bandwidths: list[float] = []
     for repeat in range(repeats + 1):
@@ -98,8 +98,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--measures", nargs="*", default=list(MEASURES), choices=list(MEASURES))
+    parser.add_argument(
+        "--without", nargs="*", default=[], metavar="ENGINE", help='such as "transformers bf16", slow before AVX-512'
+    )
     arguments = parser.parse_args()
-    print_ratios(*measure(arguments.repeats, arguments.measures))
+    print_ratios(*measure(arguments.repeats, arguments.measures, arguments.without))
 
 
 if __name__ == "__main__":

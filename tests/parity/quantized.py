@@ -138,7 +138,7 @@ def awq() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def read_auto_gptq(wheel: Path) -> Any:
-    """The class of AutoGPTQ's layer in PyTorch. All of the package cannot be imported: it wants an older transformers."""
+    """The class of AutoGPTQ's layer in PyTorch. The whole package cannot be imported: it wants older transformers."""
     module: dict[str, Any] = {"__name__": "qlinear"}
     exec(zipfile.ZipFile(wheel).read("auto_gptq/nn_modules/qlinear/qlinear_cuda.py"), module)
     return module["QuantLinear"]
