@@ -18,7 +18,7 @@ PEERS := .venv-peers/bin
 INSTALLED := .venv/.installed
 PEERS_INSTALLED := .venv-peers/.installed
 LLAMA_INSTALLED := .venv-llama/.installed
-BENCHMARKS := bandwidth cpu_generation cpu_engines server startup compile_time train_step
+BENCHMARKS := bandwidth cpu_generation cpu_engines long_context server startup compile_time train_step
 TORCH := torch==2.13.0
 TRANSFORMERS := transformers==5.23.0
 COMPRESSED_TENSORS := compressed-tensors==0.20.0

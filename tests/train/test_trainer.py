@@ -1,5 +1,6 @@
 """The loop learns, reports every step, and goes on after any end as if there had been none."""
 
+import gc
 import json
 import signal
 import subprocess
@@ -136,6 +137,7 @@ def test_a_run_goes_on_from_a_damaged_checkpoint_s_predecessor(whole: Path, tmp_
             file.write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of the checkpoints"):
         run(tmp_path, 21)
+    gc.collect()  # so that they report here, and not in the test that comes next
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path: Path) -> None:
