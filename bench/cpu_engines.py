@@ -62,6 +62,7 @@ def measure(repeats: int, measures: list[str], left_out: list[str]) -> tuple[Rat
         for asked in measures:
             for name, worker in workers.items():
                 value = MEASURES[asked](worker)
+                print(f"round {repeat} of {repeats}: {name}, {asked}: {value:.1f} tokens/s", flush=True)
                 if repeat:  # the first round warms up
                     rates.setdefault((asked, name), []).append(value)
     for worker in workers.values():
