@@ -60,11 +60,11 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     if native.library() is None:
         raise SystemExit("the native operations are not built here; see `tenfold doctor`")
-    read_bandwidth(repeats=1)  # its blocks are held at their most before memory is compared
     for held in ACTIVATIONS:
         caches, step = make_step(held)
         nbytes = LAYERS * TOKENS // PAGE * page_bytes(PAGE, KV_HEADS, HEAD_DIM, held)
         out, caches = jax.block_until_ready(step(caches))
+        read_bandwidth(repeats=1)  # so that its blocks, too, are in what is compared with
         before = peak_memory()
         rates: list[float] = []
         shares: list[float] = []
