@@ -138,7 +138,7 @@ inline void add_quarter(I32x16 (&row)[NV], int q, __m256i v) {
 // c[m] += Σ over a group of codes times x.
 template <int MR, int kBits, int NV>
 void sum_codes(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I32x16 (&c)[MR][NV]) {
-  constexpr int kParts = 8 / kBits, kInputs = 4 * kParts;                  // inputs of one 32-bit lane
+  constexpr int kParts = 8 / kBits, kInputs = 4 * kParts;        // inputs of one 32-bit lane
   constexpr int kTogether = MR == 1 ? 2 * NV : MR <= 3 ? 2 : 1;  // quarters of the columns that registers hold
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
   for (int64_t begin = 0; begin < group; begin += kSummed) {
