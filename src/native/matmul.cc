@@ -19,7 +19,7 @@ constexpr int kVectors = 2;
 #else
 constexpr int kMaxRows = 6;
 template <int MR>
-constexpr int kVectors = MR <= 2 ? 2 : 1;
+constexpr int kVectors = MR <= 3 ? 2 : 1;
 #endif
 
 constexpr int64_t kInputs = 2048;   // inputs per pass: a panel's part of this length stays in the second-level cache
@@ -128,6 +128,14 @@ inline __m256i broadcast_four(const int8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
+// sum += product, of 16 bits. Compilers would begin all products at once, for which there are too few registers; in the
+// order of what is volatile there are enough.
+inline void add_in_turn(__m256i& sum, __m256i product) {
+  __m256i next = sum;  // an operand of asm must not be an element of an array, which would then stay in memory
+  asm volatile("vpaddw %1, %0, %0" : "+x"(next) : "x"(product));
+  sum = next;
+}
+
 // The quarter q of the 32 columns of a row, or of 16 columns the half.
 template <int NV>
 inline void add_quarter(I32x16 (&row)[NV], int q, __m256i v) {
@@ -139,7 +147,7 @@ inline void add_quarter(I32x16 (&row)[NV], int q, __m256i v) {
 template <int MR, int kBits, int NV>
 void sum_codes(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I32x16 (&c)[MR][NV]) {
   constexpr int kParts = 8 / kBits, kInputs = 4 * kParts;        // inputs of one 32-bit lane
-  constexpr int kTogether = MR == 1 ? 2 * NV : MR <= 3 ? 2 : 1;  // quarters of the columns that registers hold
+  constexpr int kTogether = MR == 1 ? 2 * NV : MR <= (kBits == 4 ? 4 : 2) ? 2 : 1;  // quarters of the columns at a time
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
   for (int64_t begin = 0; begin < group; begin += kSummed) {
     const int64_t end = begin + kSummed < group ? begin + kSummed : group;
@@ -166,12 +174,8 @@ void sum_codes(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I3
           const __m256i of_a = broadcast_four(from), of_b = broadcast_four(from + 4 * (kParts - 1));
 #pragma GCC unroll 4
           for (int q = 0; q < kTogether; ++q) {
-            lows[m][q] = _mm256_add_epi16(lows[m][q], _mm256_maddubs_epi16(a[q], of_a));
-            // Compilers begin all products at once, for which there are too few registers; row by row there are enough.
-            asm volatile("" : "+x"(lows[m][q]));
-            __m256i& other = kBits == 4 ? lows[m][q] : highs[m][q];
-            other = _mm256_add_epi16(other, _mm256_maddubs_epi16(b[q], of_b));
-            asm volatile("" : "+x"(other));
+            add_in_turn(lows[m][q], _mm256_maddubs_epi16(a[q], of_a));
+            add_in_turn(kBits == 4 ? lows[m][q] : highs[m][q], _mm256_maddubs_epi16(b[q], of_b));
           }
         }
       }
@@ -199,14 +203,14 @@ void sum_widened(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, 
 #pragma GCC unroll 4
       for (int q = 0; q < 2 * NV; ++q) sums[m][q] = _mm256_setzero_si256();
     for (int64_t k = begin; k < end; k += 4) {
-      __m256i a[MR];
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) a[m] = broadcast_four(x + m * ldx + k);
+      __m256i b[2 * NV];
 #pragma GCC unroll 4
-      for (int q = 0; q < 2 * NV; ++q) {
-        const __m256i b = load_bytes(w + k * kPanel + 32 * q);
+      for (int q = 0; q < 2 * NV; ++q) b[q] = load_bytes(w + k * kPanel + 32 * q);
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) sums[m][q] = _mm256_add_epi16(sums[m][q], _mm256_maddubs_epi16(b, a[m]));
+      for (int m = 0; m < MR; ++m) {
+        const __m256i a = broadcast_four(x + m * ldx + k);
+#pragma GCC unroll 4
+        for (int q = 0; q < 2 * NV; ++q) add_in_turn(sums[m][q], _mm256_maddubs_epi16(b[q], a));
       }
     }
 #pragma GCC unroll 16
@@ -215,11 +219,6 @@ void sum_widened(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, 
       for (int q = 0; q < 2 * NV; ++q) add_quarter(c[m], q, _mm256_madd_epi16(sums[m][q], ones));
   }
 }
-
-// Tiles of widened codes have more columns than rows: codes then need no work of their own, which more rows would share.
-constexpr int kWidenedRows = 3;
-template <int MR>
-constexpr int kWidenedVectors = 2;
 #else
 // c[m][v] += Σ over a group of codes times x.
 template <int MR, int kBits, int NV>
@@ -253,10 +252,6 @@ template <int MR, int NV>
 void sum_widened(const int8_t* x, int64_t ldx, int64_t group, const uint8_t* w, I32x16 (&c)[MR][NV]) {
   sum_codes<MR, 8>(x, ldx, group, w, c);
 }
-
-constexpr int kWidenedRows = kMaxRows;
-template <int MR>
-constexpr int kWidenedVectors = kVectors<MR>;
 #endif
 
 // One group of `group` inputs: acc += x's scale · (weights' scale · Σ codes − min · Σ x). The codes have 8 bits, or 4.
@@ -299,13 +294,13 @@ inline void with_rows(int64_t rows, const Body& body) {
   }
 }
 
-// Splits M rows into tiles of nearly equal height, at most kMost: 13 rows are 7 and 6, not 12 and 1.
-template <int kMost = kMaxRows, typename Body>
+// Splits M rows into tiles of nearly equal height: 13 rows are 7 and 6, not 12 and 1.
+template <typename Body>
 inline void for_tiles(int64_t M, const Body& body) {
-  const int64_t tiles = (M + kMost - 1) / kMost;
+  const int64_t tiles = (M + kMaxRows - 1) / kMaxRows;
   for (int64_t t = 0, m = 0; t < tiles; ++t) {
     const int64_t rows = (M - m + tiles - t - 1) / (tiles - t);
-    with_rows<kMost>(rows, [&]<int MR>() { body.template operator()<MR>(m); });
+    with_rows<kMaxRows>(rows, [&]<int MR>() { body.template operator()<MR>(m); });
     m += rows;
   }
 }
@@ -370,7 +365,7 @@ void product_widened(const T* x, int64_t ldx, int64_t M, int64_t K, const uint16
 
 void product_bf16(const uint16_t* x, int64_t ldx, int64_t M, int64_t K, const uint16_t* panel, float* acc) {
 #if !defined(__AVX512BF16__)
-  if (M > kMaxRows) return product_widened(x, ldx, M, K, panel, acc);
+  if (M > 2) return product_widened(x, ldx, M, K, panel, acc);  // few enough would widen each operand but once
 #endif
   clear(acc, M);
   for (int64_t k = 0; k < K; k += kInputs) {
@@ -405,8 +400,8 @@ void product_quantized(const QuantizedRows& x, int64_t M, int64_t K, const Quant
     const int64_t k = g * x.group;
     const int64_t of = k / panel.group * kPanel;  // the weights' group
     const auto add = [&]<int kBits, bool kWidened>(const uint8_t* codes) {
-      for_tiles<kWidened ? kWidenedRows : kMaxRows>(M, [&]<int MR>(int64_t m) {
-        constexpr int NV = kWidened ? kWidenedVectors<MR> : kVectors<MR>;
+      for_tiles(M, [&]<int MR>(int64_t m) {
+        constexpr int NV = kVectors<MR>;
         for_columns<NV>([&](int64_t column) {
           tile_codes<MR, NV, kBits, kWidened>(x.codes + m * K + k, K, x.scales + m * groups + g, x.sums + m * groups + g,
                                               groups, x.group, codes + 4 * column, panel.scales + of + column,
