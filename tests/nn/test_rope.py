@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -226,6 +227,19 @@ def test_rotation_depends_on_distance_alone_and_leaves_the_rest() -> None:
     assert score(7, 3) == pytest.approx(score(1007, 1003), rel=1e-4)
     scale = read.attention_factor**2  # on queries and keys, so squared in the score
     assert score(5, 5) == pytest.approx(scale * float((q[..., :4] * k[..., :4]).sum()), rel=1e-5)
+
+
+@pytest.mark.usefixtures("optimised")
+def test_layers_share_cosines_on_a_cpu() -> None:
+    def forward(positions: jax.Array, x: jax.Array, weights: list[jax.Array]) -> jax.Array:
+        found = rope.cos_sin(Rope(dims=16), positions, 64)
+        for w in weights:
+            x = rotate((x @ w).reshape(len(x), 4, 16), *found).reshape(x.shape)
+        return x
+
+    shapes = jnp.zeros(8, jnp.int32), jnp.zeros((8, 64)), [jnp.zeros((64, 64))] * 3
+    program = jax.jit(forward).lower(*shapes).compile().as_text()
+    assert program is not None and program.count(" cosine(") == 1
 
 
 def test_interleaved_pairs_turn_as_halves_do() -> None:

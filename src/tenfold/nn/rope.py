@@ -179,5 +179,13 @@ def cos_sin(
 ) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
     """Float32 cosines and sines of each position, with the rule's attention factor folded in."""
     angles = positions[:, None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(rope, max_len))[None, :]
-    found = jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
-    return jax.lax.optimization_barrier(found)  # or XLA computes them again in each layer, for each head
+
+    def compute(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+
+    def compute_once(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # A branch is all that XLA does not compute again in each layer, for each head, when it fuses for a CPU.
+        always = jax.lax.optimization_barrier(jnp.bool_(True))
+        return jax.lax.cond(always, compute, lambda angles: (angles, angles), angles)
+
+    return jax.lax.platform_dependent(angles, cpu=compute_once, default=compute)
