@@ -47,28 +47,32 @@ inline F32x16 tanh(F32x16 y) {
   return bit_cast<F32x16>(bit_cast<I32x16>(result) | sign);
 }
 
+// Lanes joined in halves, two and two, down to one.
+template <typename T, class V, typename Join>
+inline T join_lanes(V v, const Join& join) {
+  if constexpr (kHalved<V>) {
+    return join_lanes<T>(join(v.lo, v.hi), join);
+  } else {
+    T s[kNative];
+    store(s, v);
+#pragma GCC unroll 4
+    for (int n = kNative / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) s[i] = join(s[i], s[i + n]);
+    return s[0];
+  }
+}
+
 inline float sum(F32x16 v) {
-  float s[kLanes];
-  store(s, v);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) s[i] += s[i + n];
-  return s[0];
+  return join_lanes<float>(v, [](auto a, auto b) { return a + b; });
 }
 
 inline int32_t sum(I32x16 v) {
-  int32_t s[kLanes];
-  store(s, v);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) s[i] += s[i + n];
-  return s[0];
+  return join_lanes<int32_t>(v, [](auto a, auto b) { return a + b; });
 }
 
 inline float largest(F32x16 v) {
-  float s[kLanes];
-  store(s, v);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) s[i] = s[i + n] > s[i] ? s[i + n] : s[i];
-  return s[0];
+  return join_lanes<float>(v, [](auto a, auto b) { return select(b > a, b, a); });
 }
 
 }  // namespace

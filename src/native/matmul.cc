@@ -472,8 +472,11 @@ void store_f32(const float* acc, int64_t M, int64_t columns, float* out, int64_t
 }
 
 void store_bf16(const float* acc, int64_t M, int64_t columns, uint16_t* out, int64_t ldo) {
-  for (int64_t m = 0; m < M; ++m)
-    for (int64_t n = 0; n < columns; ++n) out[m * ldo + n] = float_to_bf16(acc[m * kPanel + n]);
+  for (int64_t m = 0; m < M; ++m) {
+    int64_t n = 0;
+    for (; n + kLanes <= columns; n += kLanes) narrow(out + m * ldo + n, load<F32x16>(acc + m * kPanel + n));
+    for (; n < columns; ++n) out[m * ldo + n] = float_to_bf16(acc[m * kPanel + n]);
+  }
 }
 
 }  // namespace

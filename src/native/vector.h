@@ -169,7 +169,23 @@ inline void store_narrow(T* p, V v) {
     store_narrow(p, v.lo);
     store_narrow(p + sizeof(v.lo) / 4, v.hi);
   } else {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // Compilers would move these lane by lane.
+    if constexpr (sizeof(T) == 1) {
+      const __m256i first = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                             0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+      const __m256i bytes = _mm256_shuffle_epi8((__m256i)v, first);
+      const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(p), both);
+    } else {
+      const __m256i first = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                             0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
+      const __m256i pairs = _mm256_permute4x64_epi64(_mm256_shuffle_epi8((__m256i)v, first), 0x08);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(pairs));
+    }
+#else
     store(p, __builtin_convertvector(v, typename Register<T, kNative>::Type));
+#endif
   }
 }
 
