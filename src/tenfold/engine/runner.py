@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -66,14 +66,16 @@ class Runner:
         self, model: Model, params: Tree, config: EngineConfig, groups: SequenceOf[Group], max_len: int
     ) -> None:
         """Allocates cache and history. `params` are the unstacked weights; `groups` from `memory.plan_cache`."""
-        self.config, self.model, self._params = config, model, params
+        self.config, self.model = config, model
+        leaves, self._structure = jax.tree.flatten(params)
+        self._weights = tuple(leaves)  # what every call takes apart: in a tuple that takes half as long as in a tree
         self._max_len = max_len
         self._reaches = tuple(group.reach for group in groups)
         pages = {group.reach: group.num_pages for group in groups}
         B = config.block_size
         self._blocks = -(-max_len // B)
         dtype = model.activation_dtype(params)
-        device = jax.tree.leaves(params)[0].devices().pop()
+        device = self._weights[0].devices().pop()
         on_native = native.available(device)
         held = cache_dtype(config, dtype)
         self._caches = jax.tree.map(
@@ -101,15 +103,15 @@ class Runner:
         mixed, decodes = self._mixed, self._decodes
         jobs = [*(("sample", S) for S in rows), *(("mixed", T) for T in mixed), *(("decode", T) for T in decodes)]
         jobs += [("prompt_logprobs", mixed[-1]), *(("logprobs", S) for S in rows), ("admit", 0)]
-        cache = ProgramCache(programs_directory(), jax.tree.leaves(self._params)[0].devices().pop())
+        cache = ProgramCache(programs_directory(), self._weights[0].devices().pop())
         self._compiled = cache.take({job: self._program(*job) for job in jobs}, report)
         self._time_steps()
         self.longest_step_s = self._time_longest_step()
 
     def _program(self, name: str, size: int) -> Program:
         abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
-        params, history, width = abstract(self._params), abstract(self._history), self.model.config.D
-        dtype = self.model.activation_dtype(params)
+        weights, history, width = abstract(self._weights), abstract(self._history), self.model.config.D
+        dtype = self.model.activation_dtype(self._structure.unflatten(weights))
         hidden = jax.ShapeDtypeStruct((size, width), dtype)
         ints = jax.ShapeDtypeStruct((size,), jnp.int32)
         bound: dict[str, Any] = {}
@@ -120,21 +122,23 @@ class Runner:
                 kind = programs.StepKind(self._reaches, self.config.block_size, alone, 0 if alone else self._mixed[-1])
                 bound = {"model": self.model, "kind": kind}
                 fn, donated = programs.forward, (1,)
-                args = params, abstract(self._caches), history, abstract(self._step_batch((), size))
+                args = weights, abstract(self._caches), history, abstract(self._step_batch((), size))
             case "sample":
                 fn, bound, donated = programs.sample, {"model": self.model}, (1,)
-                args = params, history, hidden, abstract(self._sampling_batch((), (), size))
+                args = weights, history, hidden, abstract(self._sampling_batch((), (), size))
             case "logprobs":
                 fn, bound = programs.sampling.logprobs, {"k": self._num_logprobs}
                 args = jax.ShapeDtypeStruct((size, self.model.config.V), jnp.float32), ints
             case "prompt_logprobs":
                 fn, bound = programs.prompt_logprobs, {"model": self.model, "k": self._num_logprobs}
-                args = params, history, hidden, ints, ints, jax.ShapeDtypeStruct((), jnp.int32)
+                args = weights, history, hidden, ints, ints, jax.ShapeDtypeStruct((), jnp.int32)
             case _:
                 fn, donated = programs.admit, (0,)
                 slot = jax.ShapeDtypeStruct((), jnp.int32)
                 args = history, slot, jax.ShapeDtypeStruct((self._max_len,), jnp.int32)
-        about = f"{name} {size} {sorted(bound.items())}"
+        about = f"{name} {size} {sorted(bound.items())} {self._structure}"
+        if args[0] is weights:
+            fn = _taking_leaves(fn, self._structure)
         return Program(jax.jit(partial(fn, **bound), donate_argnums=donated), args, about)
 
     def _time_steps(self) -> None:
@@ -227,7 +231,7 @@ class Runner:
             largest = self._mixed[-1]
             program = self._compiled["prompt_logprobs", largest]
             slots, positions = (np.pad(x, (0, largest - T)) for x in (batch.slots, batch.positions))
-            prompt = program(self._params, self._history, hidden, slots, positions, np.int32(plan.num_tokens))
+            prompt = program(self._weights, self._history, hidden, slots, positions, np.int32(plan.num_tokens))
         return StepResult(
             sampled=tuple(plan.chunks[i] for i in rows),
             rows=rows,
@@ -242,10 +246,10 @@ class Runner:
     ) -> tuple[jax.Array, jax.Array, jax.Array, StepBatch]:
         """Runs the model and the sampler over one bucket; returns tokens, logits, all hidden states, and the batch."""
         batch = self._step_batch(chunks, T)
-        self._caches, hidden, last = self._compiled[kind, T](self._params, self._caches, self._history, batch)
+        self._caches, hidden, last = self._compiled[kind, T](self._weights, self._caches, self._history, batch)
         S = bucket(min(T, self.config.max_num_seqs), self._rows)
         wanted = self._sampling_batch(chunks, [chunk.samples for chunk in chunks], S)
-        self._history, tokens, logits = self._compiled["sample", S](self._params, self._history, last, wanted)
+        self._history, tokens, logits = self._compiled["sample", S](self._weights, self._history, last, wanted)
         return tokens, logits, hidden, batch
 
     def _step_batch(self, chunks: SequenceOf[Chunk], T: int) -> StepBatch:
@@ -320,6 +324,16 @@ def _seconds(run: Callable[[], Any]) -> float:
         jax.block_until_ready(run())
         seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def _taking_leaves(fn: Callable[..., Any], structure: Any) -> Callable[..., Any]:
+    """A program of the weights' tree, as one of its leaves."""
+
+    @wraps(fn)
+    def program(weights: tuple[jax.Array, ...], *args: Any, **bound: Any) -> Any:
+        return fn(structure.unflatten(weights), *args, **bound)
+
+    return program
 
 
 def _scores_prompt(chunk: Chunk) -> bool:
