@@ -7,15 +7,14 @@
 #include "functions.h"
 #include "vector.h"
 
+#include <utility>
+
 #ifndef TENFOLD_INSTRUCTION_SET
 #error "TENFOLD_INSTRUCTION_SET names what this is compiled for: baseline, avx2 or avx512"
 #endif
 
 namespace tenfold {
 namespace {
-
-constexpr int64_t kGroups = kChunk / kGroup;
-
 
 inline int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
@@ -69,7 +68,7 @@ class Pass {
 
  public:
   Pass(const Attention& a, const QueryBlock& block, void* scratch, float* state) : a_(a), block_(block), state_(state) {
-    s_.lay_out(a, rows_, reinterpret_cast<uintptr_t>(scratch));
+    s_.lay_out(a, block.rows(a), reinterpret_cast<uintptr_t>(scratch));
   }
 
   void run(int64_t split) {
@@ -78,29 +77,34 @@ class Pass {
     begin_ = begin;
     prepare_queries();
     prepare_tiles();
-    for (int64_t m = 0; m < rows_; ++m) {
+    for (int64_t m = 0; m < block_.heads * rows_; ++m) {
       s_.peaks[m] = -kInfinity;
       std::memset(state_ + m * ld_, 0, static_cast<size_t>(ld_) * sizeof(float));
     }
     int64_t chunk = begin / kChunk * kChunk;
-    here_ = places_[0];
-    next_ = places_[1];
-    locate(chunk, begin, end, here_);
-    for (bool cold = true; chunk < end; chunk += kChunk, cold = false) {
-      next_groups_ = locate(chunk + kChunk, begin, end, next_);
-      const int64_t first = max(begin - chunk, 0) / kGroup;
-      const int64_t groups = (min(end - chunk, kChunk) + kGroup - 1) / kGroup;
-      if constexpr (C::kTogether == 4) prepare_scales(chunk, first, groups);
-      score(chunk, first, groups, cold);
-      for (const Tile* t = s_.tiles; t < s_.tiles + tiles_; ++t) {
-        for (int64_t m = t->row; m < t->row + t->rows; ++m) weigh(m, chunk, *t);
+    // Heads take turns, as they lie beside each other in a page: memory is slow where reading jumps.
+    Place *at = places_[0], *after = places_[1];
+    int64_t groups = locate(chunk, begin, end, at);
+    for (; chunk < end; chunk += kChunk) {
+      const int64_t first = max(begin - chunk, 0) / kGroup, groups_after = locate(chunk + kChunk, begin, end, after);
+      for (head_ = 0; head_ < block_.heads; ++head_) {
+        const bool last_head = head_ + 1 == block_.heads;
+        here_ = at;
+        next_ = last_head ? after : at;
+        next_first_ = last_head ? 0 : first;
+        next_groups_ = last_head ? groups_after : groups;
+        next_head_ = last_head ? 0 : head_ + 1;
+        if constexpr (C::kTogether == 4) prepare_scales(chunk, first, groups);
+        score(chunk, first, groups);
+        for (const Tile* t = s_.tiles; t < s_.tiles + tiles_; ++t) {
+          for (int64_t m = t->row; m < t->row + t->rows; ++m) weigh(m, chunk, *t);
+        }
+        add_values(chunk, first, groups);
       }
-      add_values(chunk, first, groups);
-      Place* const before = here_;
-      here_ = next_;
-      next_ = before;
+      std::swap(at, after);
+      groups = groups_after;
     }
-    for (int64_t m = 0; m < rows_; ++m) {
+    for (int64_t m = 0; m < block_.heads * rows_; ++m) {
       float* softmax = state_ + m * ld_ + ld_ - kLanes;
       softmax[1] = sum(load<F32x16>(softmax));
       softmax[0] = s_.peaks[m];
@@ -108,15 +112,13 @@ class Pass {
   }
 
  private:
-  static constexpr int kTileRows = kMaxRows / A::kLimbs;
-  // 32-bit operands that the weights of a group are.
-  static constexpr int64_t kOperands = A::kFixed ? kGroup / 4 : A::kNarrow ? kGroup / 2 : kGroup;
+  static constexpr int kTileRows = kMaxRows / A::kSums;
 
   // --- queries
 
   void prepare_queries() {
-    for (int64_t m = 0; m < rows_; ++m) {
-      const int64_t at = ((block_.token + m / G_) * a_.H + block_.head * G_ + m % G_) * a_.K;
+    for (int64_t m = 0; m < block_.heads * rows_; ++m) {
+      const int64_t at = block_.query(a_, m) * a_.K;
       uint32_t* to = s_.queries + m * ldq_;
       if constexpr (A::kFixed) {
         if (a_.query_type == Element::kF32)
@@ -133,32 +135,26 @@ class Pass {
     }
   }
 
-  // A row as signed bytes, the highest first; each limb is a row of words. What is not finite makes all scores NaN.
+  // A row as fixed-point numbers. What is not finite makes all scores NaN.
   template <class Q>
   void fix_query(const typename Q::Type* from, Q, int64_t m) {
     if constexpr (A::kFixed) {
-      constexpr float kLargest = 127.0f * A::kUnit;
+      const float most = A::largest_query(a_.K);
       float peak = 0, nan = 0;
       for (int64_t d = 0; d < a_.K; ++d) {
         const float magnitude = __builtin_fabsf(Q::widen(from[d]));
         peak = magnitude > peak ? magnitude : peak;
         nan += magnitude * 0.0f;
       }
-      const float inverse = peak > 1e-30f && nan == 0 ? kLargest / peak : 0;
-      int8_t* to = reinterpret_cast<int8_t*>(s_.queries + m * ldq_);
+      const float inverse = peak > 1e-30f && nan == 0 ? most / peak : 0;
+      uint32_t* to = s_.queries + m * ldq_;
       int32_t* biases = s_.biases + m * A::kLimbs;
       for (int l = 0; l < A::kLimbs; ++l) biases[l] = 0;
       for (int64_t d = 0; d < a_.K; ++d) {
         const float scaled = inverse > 0 ? Q::widen(from[d]) * inverse : 0.0f;
-        int32_t code = static_cast<int32_t>(scaled + __builtin_copysignf(0.5f, scaled));
-        for (int l = A::kLimbs - 1; l >= 0; --l) {
-          const int8_t limb = static_cast<int8_t>(code);
-          to[l * a_.K + d] = limb;
-          biases[l] += 128 * limb;
-          code = (code - limb) >> 8;
-        }
+        A::put_query(static_cast<int32_t>(scaled + __builtin_copysignf(0.5f, scaled)), d, a_.K, to, biases);
       }
-      s_.query_scales[m] = peak / kLargest + nan;
+      s_.query_scales[m] = peak / most + nan;
     }
   }
 
@@ -176,15 +172,14 @@ class Pass {
 
   // Where a key is: its page, and there.
   struct Place {
-    int64_t block;  // page · J + head
-    int64_t slot;
+    int64_t page, slot;
   };
 
   // The block table is data: a page that does not exist must not be read.
   Place place_of(int64_t key) const {
     const uint32_t at = static_cast<uint32_t>(key), B = static_cast<uint32_t>(a_.B);
     const int64_t page = a_.tables[block_.row * a_.N + at / B];
-    return {(page >= 0 && page < a_.P ? page : 0) * a_.J + block_.head, at % B};
+    return {page >= 0 && page < a_.P ? page : 0, at % B};
   }
 
   // The places of a chunk's groups between the keys `begin` and `end`; returns the end of the groups.
@@ -194,21 +189,36 @@ class Pass {
     return g;
   }
 
-  const Type* keys_of(Place at) const { return static_cast<const Type*>(a_.keys) + at.block * a_.B * a_.K; }
-  const Type* values_of(Place at) const { return static_cast<const Type*>(a_.values) + at.block * a_.B * a_.K; }
-  const uint32_t* key_words(Place at) const { return reinterpret_cast<const uint32_t*>(keys_of(at)) + at.slot; }
-  const uint32_t* value_words(Place at) const {
-    return reinterpret_cast<const uint32_t*>(values_of(at)) + at.slot / C::kTogether * a_.K;
+  // The first slot of a page's head.
+  int64_t slots_of(int64_t page, int64_t head) const { return (page * a_.J + block_.head + head) * a_.B; }
+
+  const uint32_t* key_words(Place at, int64_t head) const {
+    const Type* of_head = static_cast<const Type*>(a_.keys) + slots_of(at.page, head) * a_.K;
+    return reinterpret_cast<const uint32_t*>(of_head) + at.slot;
+  }
+  const uint32_t* value_words(Place at, int64_t head) const {
+    const Type* of_head = static_cast<const Type*>(a_.values) + slots_of(at.page, head) * a_.K;
+    return reinterpret_cast<const uint32_t*>(of_head) + at.slot / C::kTogether * a_.K;
   }
 
-  Ahead ahead_keys(Place at) const {
-    return {reinterpret_cast<const char*>(key_words(at)), in_place_ ? a_.B * 4 : 0};
+  // The keys of a group lie across those of its page; a part of the page is fetched for each group, from first to last.
+  Ahead ahead_keys(Place at, int64_t head) const {
+    return {reinterpret_cast<const char*>(key_words({at.page, 0}, head) + at.slot * words_), in_place_ ? 64 : 0};
   }
   Ahead ahead_values(Place at) const {
-    return {reinterpret_cast<const char*>(value_words(at)), in_place_ ? 64 : 0};
+    return {reinterpret_cast<const char*>(value_words(at, head_)), in_place_ ? 64 : 0};
   }
-  // While values are read, the keys of the next chunk are fetched.
-  Ahead ahead_of_values(int64_t g) const { return g < next_groups_ ? ahead_keys(next_[g]) : ahead_values(here_[g]); }
+  // What is fetched while the keys of a group are read, and its values: what is read kStep groups later. The values of
+  // a chunk follow its keys, and the keys of another head, or of the next chunk, follow them.
+  Ahead ahead_of_keys(int64_t g, int64_t first, int64_t groups) const {
+    const int64_t at = g + min(kStep, groups - first);
+    return at < groups ? ahead_keys(here_[at], head_) : ahead_values(here_[at - groups + first]);
+  }
+  Ahead ahead_of_values(int64_t g, int64_t first, int64_t groups) const {
+    const int64_t at = g + min(kStep, groups - first), next = at - groups + next_first_;
+    if (at < groups) return ahead_values(here_[at]);
+    return next < next_groups_ ? ahead_keys(next_[next], next_head_) : ahead_values(here_[g]);
+  }
 
   // Whether a key is one that the block may read: the pages of earlier ones may hold anything by now.
   bool held(int64_t key) const { return key >= begin_ && key < block_.kv_len; }
@@ -219,7 +229,7 @@ class Pass {
     for (int64_t i = 0, count = 1; i < kGroup; i += count, count = 1) {
       if (!held(key + i)) continue;
       const Place at = place_of(key + i);
-      const uint32_t* from = key_words(at);
+      const uint32_t* from = key_words(at, head_);
       count = min(kGroup - i, a_.B - at.slot);
       for (int64_t w = 0; w < words_; ++w)
         std::memcpy(to + w * kGroup + i, from + w * a_.B, static_cast<size_t>(count) * 4);
@@ -232,12 +242,12 @@ class Pass {
     std::memset(to, 0, static_cast<size_t>(kGroup / u * width_) * 4);
     for (int64_t i = 0; i < kGroup; i += u, to += width_) {
       if (held(key + i) && held(key + i + u - 1)) {
-        std::memcpy(to, value_words(place_of(key + i)), static_cast<size_t>(a_.K) * 4);
+        std::memcpy(to, value_words(place_of(key + i), head_), static_cast<size_t>(a_.K) * 4);
         continue;
       }
       for (int64_t k = 0; k < u; ++k) {
         if (!held(key + i + k)) continue;
-        const Type* from = reinterpret_cast<const Type*>(value_words(place_of(key + i + k))) + k;
+        const Type* from = reinterpret_cast<const Type*>(value_words(place_of(key + i + k), head_)) + k;
         for (int64_t d = 0; d < a_.K; ++d) reinterpret_cast<Type*>(to)[d * u + k] = from[d * u];
       }
     }
@@ -245,7 +255,7 @@ class Pass {
 
   // Pages are read in place where they hold whole groups.
   const uint32_t* keys(int64_t key, int64_t g, uint32_t* copy) const {
-    if (in_place_) return key_words(here_[g]);
+    if (in_place_) return key_words(here_[g], head_);
     gather_keys(key, copy);
     return copy;
   }
@@ -253,16 +263,21 @@ class Pass {
   const uint32_t* values(int64_t key, int64_t g, uint32_t* copy) const {
     // What lies past the sequence may be NaN, which a weight of 0 does not remove; codes are never NaN.
     const bool whole = C::kTogether == 4 || key + kGroup <= block_.kv_len;
-    if (in_place_ && a_.K >= kLanes && whole) return value_words(here_[g]);
+    if (in_place_ && a_.K >= kLanes && whole) return value_words(here_[g], head_);
     gather_values(key, copy);
     return copy;
   }
 
   void prepare_scales(int64_t chunk, int64_t first, int64_t groups) {
+    for (int64_t g = next_first_; g < next_groups_; ++g) {
+      const int64_t at = slots_of(next_[g].page, next_head_) + next_[g].slot;
+      __builtin_prefetch(a_.key_scales + at);
+      __builtin_prefetch(a_.value_scales + at);
+    }
     for (int64_t g = first; g < groups; ++g) {
       const int64_t key = chunk + g * kGroup, i = g * kGroup;
       if (in_place_ && key + kGroup <= block_.kv_len) {
-        const int64_t at = here_[g].block * a_.B + here_[g].slot;
+        const int64_t at = slots_of(here_[g].page, head_) + here_[g].slot;
         store(s_.key_scales + i, load<F32x16>(a_.key_scales + at));
         store(s_.value_scales + i, load<F32x16>(a_.value_scales + at));
         continue;
@@ -270,53 +285,49 @@ class Pass {
       for (int64_t at = i; at < i + kGroup; ++at) {
         const bool known = held(chunk + at);
         const Place place = place_of(known ? chunk + at : key);
-        s_.key_scales[at] = known ? a_.key_scales[place.block * a_.B + place.slot] : 0;
-        s_.value_scales[at] = known ? a_.value_scales[place.block * a_.B + place.slot] : 0;
+        const int64_t slot = slots_of(place.page, head_) + place.slot;
+        s_.key_scales[at] = known ? a_.key_scales[slot] : 0;
+        s_.value_scales[at] = known ? a_.value_scales[slot] : 0;
       }
     }
   }
 
   // --- scores, weights, values
 
-  // While keys are read, the values that belong to them are fetched; the keys themselves if no chunk came before.
-  void score(int64_t chunk, int64_t first, int64_t groups, bool cold) {
-    constexpr int64_t kNear = 4;
+  void score(int64_t chunk, int64_t first, int64_t groups) {
     const int64_t ldk = in_place_ ? a_.B : kGroup;
     for (int64_t g = first; g < groups; g += kPair) {
       const int64_t count = min(kPair, groups - g), key = chunk + g * kGroup;
       const uint32_t* from[kPair];
-      Ahead ahead_next[kPair], ahead_value[kPair];
+      Ahead ahead[kPair];
       for (int64_t i = 0; i < count; ++i) {
         from[i] = keys(key + i * kGroup, g + i, s_.keys + i * kGroup * words_);
-        const Ahead at{reinterpret_cast<const char*>(from[i]), ldk * 4};
-        ahead_next[i] = cold && g + i + kNear < groups ? ahead_keys(here_[g + i + kNear]) : at;
-        ahead_value[i] = ahead_values(here_[g + i]);
+        ahead[i] = ahead_of_keys(g + i, first, groups);
       }
       for (const Tile* t = s_.tiles; t < s_.tiles + tiles_; ++t) {
         if (t->end <= key || t->begin >= key + count * kGroup) continue;
-        const uint32_t* q = s_.queries + t->row * ldq_;
+        const uint32_t* q = s_.queries + (head_ * rows_ + t->row) * ldq_;
         uint32_t* to = s_.scores + t->row * A::kLimbs * kChunk + g * kGroup;
         with_rows<kTileRows>(t->rows, [&]<int R>() {
-          constexpr int MR = R * A::kLimbs;
-          if (count < kPair)
-            score_tile<A, MR, 1>(q, words_, from, ldk, ahead_next, ahead_value, to);
-          else
-            score_tile<A, MR, kPair>(q, words_, from, ldk, ahead_next, ahead_value, to);
+          constexpr int MR = R * A::kLimbs, NV = R * A::kSums * kPair <= kTile ? kPair : 1;
+          if (count == NV) return score_tile<A, MR, NV>(q, words_, from, ldk, ahead, to);
+          for (int64_t i = 0; i < count; ++i)
+            score_tile<A, MR, 1>(q, words_, from + i, ldk, ahead + i, to + i * kLanes);
         });
-        for (int64_t i = 0; i < count; ++i)
-          ahead_next[i] = ahead_value[i] = {reinterpret_cast<const char*>(from[i]), ldk * 4};
+        for (int64_t i = 0; i < count; ++i) ahead[i] = {reinterpret_cast<const char*>(from[i]), ldk * 4};
       }
     }
   }
 
   // One row's scores of 16 keys, in units of log 2.
   F32x16 score_of(int64_t m, int64_t g) const {
+    const int64_t of = head_ * rows_ + m;
     const uint32_t* at = s_.scores + m * A::kLimbs * kChunk + g * kGroup;
     F32x16 score;
     if constexpr (A::kFixed) {
       I32x16 limbs[A::kLimbs];
-      for (int l = 0; l < A::kLimbs; ++l) limbs[l] = load<I32x16>(at + l * kChunk) - s_.biases[m * A::kLimbs + l];
-      score = A::join(limbs) * s_.query_scales[m];
+      for (int l = 0; l < A::kLimbs; ++l) limbs[l] = load<I32x16>(at + l * kChunk) - s_.biases[of * A::kLimbs + l];
+      score = A::join(limbs) * s_.query_scales[of];
     } else {
       score = load<F32x16>(at);
     }
@@ -349,17 +360,18 @@ class Pass {
       peaks = select(score > peaks, score, peaks);
       store(row + g * kGroup, score);
     }
-    float* state = state_ + m * ld_;
+    float* state = state_ + (head_ * rows_ + m) * ld_;
+    float& largest_so_far = s_.peaks[head_ * rows_ + m];
     F32x16 total = load<F32x16>(state + ld_ - kLanes);
-    const float before = s_.peaks[m], peak = largest(peaks);
+    const float before = largest_so_far, peak = largest(peaks);
     if (peak > before) {
       const float factor = exp2(before - peak);
-      s_.peaks[m] = peak;
+      largest_so_far = peak;
       total *= factor;
       for (int64_t i = 0; i < ld_ - kLanes; i += kLanes) store(state + i, load<F32x16>(state + i) * factor);
     }
     // A row without a finite score yet must not subtract one infinity from another.
-    const float origin = s_.peaks[m] > kLowest ? s_.peaks[m] : kLowest;
+    const float origin = largest_so_far > kLowest ? largest_so_far : kLowest;
     F32x16 heaviest{};
     fill(row, tile_first, first);
     for (int64_t g = first; g < groups; ++g) {
@@ -388,22 +400,17 @@ class Pass {
   static void fill(uint32_t* row, int64_t first, int64_t end) {
     if (first >= end) return;
     for (int l = 0; l < A::kLimbs; ++l)
-      std::memset(row + l * kChunk + first * kOperands, 0, static_cast<size_t>((end - first) * kOperands) * 4);
+      std::memset(row + l * kChunk + first * A::kOperands, 0, static_cast<size_t>((end - first) * A::kOperands) * 4);
   }
 
-  // A row's weights as unsigned bytes relative to the heaviest, the highest byte first.
+  // A row's weights as fixed-point numbers relative to the heaviest.
   void fix_weights(int64_t m, uint32_t* row, int64_t first, int64_t groups, float heaviest) {
     if constexpr (A::kFixed) {
-      constexpr float kLargest = 255.0f * A::kUnit;
-      const float inverse = heaviest > 1e-30f ? kLargest / heaviest : 0;
-      s_.weight_scales[m] = heaviest / kLargest;
+      const float inverse = heaviest > 1e-30f ? A::kLargestWeight / heaviest : 0;
+      s_.weight_scales[m] = heaviest / A::kLargestWeight;
       for (int64_t g = first; g < groups; ++g) {
         const F32x16 scaled = load<F32x16>(row + g * kGroup) * inverse + 0.5f;
-        const U32x16 code = bit_cast<U32x16>(convert<I32x16>(scaled));
-        for (int l = 0; l < A::kLimbs; ++l) {
-          store_narrow(reinterpret_cast<uint8_t*>(row + l * kChunk + g * kGroup / 4),
-                       (code >> (8 * (A::kLimbs - 1 - l))) & 0xffu);
-        }
+        A::put_weights(bit_cast<U32x16>(convert<I32x16>(scaled)), row + g * A::kOperands);
       }
     }
   }
@@ -411,22 +418,25 @@ class Pass {
   void add_values(int64_t chunk, int64_t first, int64_t groups) {
     const uint32_t* from[kGroups];
     Ahead ahead[kGroups];
-    Weighted tile{nullptr, nullptr, nullptr, nullptr, 0, width_, (a_.K + kLanes - 1) / kLanes};
+    Weighted tile{nullptr, nullptr, nullptr, nullptr, words_, 0, width_, (a_.K + kLanes - 1) / kLanes};
     for (int64_t g = first; g < groups; ++g) {
       from[g] = values(chunk + g * kGroup, g, s_.values + g * kGroup / C::kTogether * width_);
-      ahead[g] = ahead_of_values(g);
+      ahead[g] = ahead_of_values(g, first, groups);
     }
-    for (const Tile* t = s_.tiles; t < s_.tiles + tiles_; ++t) {
-      const int64_t g = max(first, (t->begin - chunk) / kGroup);
-      tile.groups = min(groups, (t->end - chunk + kGroup - 1) / kGroup) - g;
-      if (t->end <= chunk || tile.groups <= 0) continue;
-      tile.weights = s_.scores + t->row * A::kLimbs * kChunk + g * kOperands;
-      tile.scales = s_.weight_scales + t->row;
-      tile.values = from + g;
-      tile.next = ahead + g;
-      with_rows<kTileRows>(t->rows, [&]<int R>() {
-        value_columns<A, R, vectors_for(R * A::kLimbs)>(tile, 0, state_ + t->row * ld_, ld_);
-      });
+    // Steps are counted from the start of the chunk, as the sums of fixed-point numbers are rounded after each.
+    for (int64_t step = first / kStep * kStep; step < groups; step += kStep) {
+      for (const Tile* t = s_.tiles; t < s_.tiles + tiles_; ++t) {
+        const int64_t g = max(max(first, step), (t->begin - chunk) / kGroup);
+        tile.groups = min(min(groups, step + kStep), (t->end - chunk + kGroup - 1) / kGroup) - g;
+        if (t->end <= chunk || tile.groups <= 0) continue;
+        tile.weights = s_.scores + t->row * A::kLimbs * kChunk + g * A::kOperands;
+        tile.scales = s_.weight_scales + t->row;
+        tile.values = from + g;
+        tile.next = ahead + g;
+        with_rows<kTileRows>(t->rows, [&]<int R>() {
+          value_columns<A, R, vectors_for(R * A::kSums)>(tile, 0, state_ + (head_ * rows_ + t->row) * ld_, ld_);
+        });
+      }
     }
   }
 
@@ -434,18 +444,19 @@ class Pass {
   const QueryBlock& block_;
   float* const state_;
   const int64_t G_ = a_.group();
-  const int64_t rows_ = block_.count * G_;
+  const int64_t rows_ = block_.count * G_;     // of a head
   const bool in_place_ = a_.B % kGroup == 0;   // pages hold whole groups
   const int64_t words_ = a_.K / C::kTogether;  // of a key
-  const int64_t ldq_ = words_ * A::kParts * A::kLimbs;
+  const int64_t ldq_ = words_ * A::kParts * A::kLimbs * kOperandWords<A>;
   const int64_t width_ = max(a_.K, kLanes);  // words of a row of values
   const int64_t ld_ = a_.state_floats();
   int64_t begin_ = 0;  // the first key that any row sees
   int64_t tiles_ = 0;
   Place places_[2][kGroups];
-  Place* here_ = places_[0];  // of this chunk's groups
-  Place* next_ = places_[1];  // of the next one's
-  int64_t next_groups_ = 0;
+  int64_t head_ = 0;            // of the block's
+  const Place* here_ = nullptr;  // of the groups at hand
+  const Place* next_ = nullptr;  // of those that are read next
+  int64_t next_first_ = 0, next_groups_ = 0, next_head_ = 0;
   Scratch s_;
 };
 
@@ -471,8 +482,11 @@ void attend(const Attention& a, const QueryBlock& block, int64_t split, void* sc
 #else
   auto* pass = a.cache_type == Element::kF32    ? attend_as<Wide<F32>>
                : a.cache_type == Element::kFp8  ? attend_as<Wide<Fp8>>
-               : a.cache_type == Element::kInt8 ? attend_as<Wide<Int8>>
-                                                : attend_as<Wide<BF16>>;
+               : a.cache_type == Element::kBF16 ? attend_as<Wide<BF16>>
+#if defined(__AVX2__)
+               : a.query_type == Element::kBF16 ? attend_as<Pairs>
+#endif
+                                                : attend_as<Wide<Int8>>;
 #endif
   pass(a, block, split, scratch, partial);
 }

@@ -1,7 +1,7 @@
 // Ragged paged attention: what every instruction set implements, one thread each, no allocation.
 //
 // Dims: T packed tokens, H query heads, J key-value heads, G = H / J, K head dim, P pages, B tokens of a page, N pages
-// of the longest sequence, M = G · queries rows that share their keys.
+// of the longest sequence, M rows of a block: G · queries, which share their keys, for each of its key-value heads.
 //
 // The cache stands as the inner loops read it, in 32-bit words of u = 4 / (bytes of an element) neighbours along the
 // dim that is added over:
@@ -21,6 +21,7 @@ namespace tenfold {
 
 constexpr int64_t kGroup = 16;    // keys of one vector
 constexpr int64_t kChunk = 256;   // keys of one pass of the softmax
+constexpr int64_t kGroups = kChunk / kGroup;
 constexpr int64_t kSplit = 4096;  // keys that may be a task of their own
 
 enum class Element { kF32, kBF16, kInt8, kFp8 };
@@ -55,14 +56,23 @@ struct Attention {
   int64_t state_floats() const { return (K + kGroup - 1) / kGroup * kGroup + kGroup; }
 };
 
-// Neighbouring queries of one sequence, with the heads of one key-value head.
+// Neighbouring queries of one sequence, with the heads of neighbouring key-value heads. Its rows stand in the order
+// [heads][queries][G].
 struct QueryBlock {
   int64_t row;       // of the tables
   int64_t token;     // the first query among the packed tokens
   int64_t count;     // queries
   int64_t position;  // of the first query in its sequence
   int64_t kv_len;    // keys that the sequence has
-  int64_t head;      // key-value head
+  int64_t head;      // the first key-value head
+  int64_t heads;     // key-value heads
+
+  int64_t rows(const Attention& a) const { return heads * count * a.group(); }
+  // Which of the queries [T][H] a row is.
+  int64_t query(const Attention& a, int64_t row) const {
+    const int64_t G = a.group();
+    return (token + row / G % count) * a.H + (head + row / (G * count)) * G + row % G;
+  }
 };
 
 // New keys and values of neighbouring tokens of one sequence.

@@ -161,7 +161,7 @@ ffi::Error read_cache(Buffers& buffers, Attention& a) {
 
 // --- work ------------------------------------------------------------------------------------------------------------
 
-// A block of queries with one key-value head; one split of it, or all.
+// A block of queries; one split of it, or all.
 struct Task {
   QueryBlock block;
   int64_t split;  // -1: all
@@ -183,10 +183,10 @@ struct Plan {
 
 // Multiply-adds per element of a head, and the reading of the keys.
 int64_t cost_of(const Attention& a, const QueryBlock& block) {
-  return (block.position + block.count - a.first_key(block.position)) * (block.count * a.group() + 4);
+  return (block.position + block.count - a.first_key(block.position)) * (block.count * a.group() + 4) * block.heads;
 }
 
-// Calls body(block) for each block of queries and each key-value head, the longest ones first within a row.
+// Calls body(block) for each block of queries, with all heads, the longest ones first within a row.
 template <typename Body>
 void for_blocks(const Attention& a, const Rows& rows, const Body& body) {
   const int64_t most = std::max<int64_t>(1, kBlockRows / a.group());
@@ -194,10 +194,25 @@ void for_blocks(const Attention& a, const Rows& rows, const Body& body) {
     const int64_t queries = rows.starts[r + 1] - rows.starts[r], past = rows.kv_lens[r] - queries;
     for (int64_t b = (queries + most - 1) / most - 1; b >= 0; --b) {
       const int64_t skipped = b * most, count = std::min(most, queries - skipped);
-      QueryBlock block{r, rows.starts[r] + skipped, count, past + skipped, rows.kv_lens[r], 0};
-      for (; block.head < a.J; ++block.head) body(block);
+      body(QueryBlock{r, rows.starts[r] + skipped, count, past + skipped, rows.kv_lens[r], 0, a.J});
     }
   }
+}
+
+// The splits of a block's keys, from the first to before the last.
+struct Splits {
+  int64_t first, end;
+  Splits(const Attention& a, const QueryBlock& block)
+      : first(a.first_key(block.position) / kSplit), end((block.position + block.count - 1) / kSplit + 1) {}
+};
+
+// Heads lie beside each other in a page, and memory is slow where reading jumps. So a task takes as many as its scratch
+// has rows for, and as leave every thread some tasks.
+int64_t heads_together(const Attention& a, const QueryBlock& block, int64_t threads, int64_t cost) {
+  const Splits splits(a, block);
+  const int64_t most = std::max<int64_t>(1, kBlockRows / a.group() / block.count);
+  const int64_t of_head = cost_of(a, block) / (block.heads * (splits.end - splits.first)) + 1;
+  return std::clamp<int64_t>(cost / (threads * 2 * of_head), 1, std::min(most, a.J));
 }
 
 // Blocks are tasks. What would keep one thread busy for long after the others is cut into splits as well.
@@ -206,8 +221,8 @@ void make_plan(const Attention& a, const Rows& rows, int64_t threads, Plan& plan
   plan.shared.clear();
   plan.floats = plan.cost = 0;
   for_blocks(a, rows, [&](const QueryBlock& block) { plan.cost += cost_of(a, block); });
-  for_blocks(a, rows, [&](const QueryBlock& block) {
-    const int64_t first = a.first_key(block.position) / kSplit, end = (block.position + block.count - 1) / kSplit + 1;
+  const auto add = [&](const QueryBlock& block) {
+    const auto [first, end] = Splits(a, block);
     if (end - first == 1 || cost_of(a, block) * threads * 4 <= plan.cost) {
       plan.tasks.push_back({block, -1, -1});
       return;
@@ -216,7 +231,14 @@ void make_plan(const Attention& a, const Rows& rows, int64_t threads, Plan& plan
       plan.tasks.push_back({block, split, static_cast<int64_t>(plan.shared.size())});
     }
     plan.shared.push_back({first, end - first, plan.floats});
-    plan.floats += (end - first) * block.count * a.group() * a.state_floats();
+    plan.floats += (end - first) * block.rows(a) * a.state_floats();
+  };
+  for_blocks(a, rows, [&](QueryBlock block) {
+    const int64_t heads = heads_together(a, block, threads, plan.cost);
+    for (; block.head < a.J; block.head += heads) {
+      block.heads = std::min(heads, a.J - block.head);
+      add(block);
+    }
   });
   plan.cost *= a.K;
 }
@@ -227,11 +249,11 @@ struct Work;
 
 // All splits of a block in one go.
 void run_block(const AttentionKernels& k, const Attention& a, const QueryBlock& block, float* work) {
-  const int64_t rows = block.count * a.group(), floats = rows * a.state_floats();
+  const int64_t rows = block.rows(a), floats = rows * a.state_floats();
   float* state = scratch<States>(2 * floats * 4);
   k.clear(a, rows, state);
-  const int64_t first = a.first_key(block.position) / kSplit, last = (block.position + block.count - 1) / kSplit;
-  for (int64_t split = first; split <= last; ++split) {
+  const auto [first, end] = Splits(a, block);
+  for (int64_t split = first; split < end; ++split) {
     k.attend(a, block, split, work, state + floats);
     k.merge(a, rows, state + floats, state);
   }
@@ -240,7 +262,7 @@ void run_block(const AttentionKernels& k, const Attention& a, const QueryBlock& 
 
 void merge_splits(const AttentionKernels& k, const Attention& a, const QueryBlock& block, int64_t splits,
                   const float* partials) {
-  const int64_t rows = block.count * a.group(), floats = rows * a.state_floats();
+  const int64_t rows = block.rows(a), floats = rows * a.state_floats();
   float* state = scratch<States>(floats * 4);
   k.clear(a, rows, state);
   for (int64_t split = 0; split < splits; ++split) k.merge(a, rows, partials + split * floats, state);
@@ -267,7 +289,7 @@ void run_attention(ffi::ThreadPool& pool, const Attention& a, const Rows& rows) 
     if (task.split < 0) return run_block(k, a, task.block, work);
     const size_t shared = static_cast<size_t>(task.shared);
     const Shared& of = mine.shared[shared];
-    const int64_t floats = task.block.count * a.group() * a.state_floats();
+    const int64_t floats = task.block.rows(a) * a.state_floats();
     k.attend(a, task.block, task.split, work, partials + of.at + (task.split - of.first) * floats);
     if (left[shared].fetch_sub(1, std::memory_order_acq_rel) == 1) {
       merge_splits(k, a, task.block, of.count, partials + of.at);

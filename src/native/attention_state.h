@@ -38,12 +38,12 @@ void put(T* to, F32x16 v, int64_t lanes) {
 }
 
 void finish(const Attention& a, const QueryBlock& block, const float* state) {
-  const int64_t G = a.group(), ld = a.state_floats(), values = ld - kLanes;
-  for (int64_t m = 0; m < block.count * G; ++m, state += ld) {
-    const int64_t head = block.head * G + m % G, at = ((block.token + m / G) * a.H + head) * a.K;
+  const int64_t ld = a.state_floats(), values = ld - kLanes;
+  for (int64_t m = 0; m < block.rows(a); ++m, state += ld) {
+    const int64_t query = block.query(a, m), at = query * a.K;
     float total = state[values + 1], factor = 1;
     if (a.sinks) {
-      const float sink = a.sinks[head] * kLog2e, peak = sink > state[values] ? sink : state[values];
+      const float sink = a.sinks[query % a.H] * kLog2e, peak = sink > state[values] ? sink : state[values];
       factor = exp2(state[values] - peak);
       total = total * factor + exp2(sink - peak);
     }
