@@ -18,6 +18,7 @@ from tenfold.kernels import native
 from tenfold.kernels.attention import AttentionSpec
 from tenfold.kernels.matmul import matmul
 from tenfold.kernels.norm import rms_norm
+from tenfold.kernels.product import multiply
 from tests.kernels import test_native_attention as attention
 from tests.kernels.test_matmul import draw, formats
 
@@ -81,7 +82,20 @@ def attentions() -> dict[str, str]:
     return found
 
 
-OPERATIONS: dict[str, Callable[[], dict[str, str]]] = {"products": products, "norms": norms, "attention": attentions}
+def training() -> dict[str, str]:
+    """What only training computes: products of two matrices as they are."""
+    rng = np.random.default_rng(4)
+    a, b = jnp.asarray(draw(rng, 500, 700)), jnp.asarray(draw(rng, 700, 90))
+    squares = multiply(b, b, a_transposed=True), multiply(a, a, b_transposed=True)
+    return {"product": digest(multiply(a, b), *squares)}
+
+
+OPERATIONS: dict[str, Callable[[], dict[str, str]]] = {
+    "products": products,
+    "norms": norms,
+    "attention": attentions,
+    "training": training,
+}
 
 
 @functools.cache

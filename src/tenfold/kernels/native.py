@@ -23,6 +23,7 @@ TARGETS = (
     "tenfold_grouped_matmul_quantized",
     "tenfold_paged_attention",
     "tenfold_paged_attention_update",
+    "tenfold_product",
     "tenfold_rms_norm",
 )
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
