@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from tenfold.kernels import native
 from tenfold.kernels.attention import AttentionSpec
 from tenfold.kernels.matmul import matmul
 from tenfold.kernels.norm import rms_norm
+from tenfold.kernels.product import multiply
+from tenfold.kernels.row_attention import row_attention
 from tests.kernels import test_native_attention as attention
 from tests.kernels.test_matmul import draw, formats
 
@@ -81,7 +84,26 @@ def attentions() -> dict[str, str]:
     return found
 
 
-OPERATIONS: dict[str, Callable[[], dict[str, str]]] = {"products": products, "norms": norms, "attention": attentions}
+def training() -> dict[str, str]:
+    """What only training computes: products of two matrices as they are, and attention with its gradient."""
+    rng = np.random.default_rng(4)
+    a, b = jnp.asarray(draw(rng, 500, 700)), jnp.asarray(draw(rng, 700, 90))
+    spec, heads = AttentionSpec(0.3), [jnp.asarray(draw(rng, 6, 100 * 32).reshape(2, 100, 3, 32)) for _ in range(3)]
+
+    def read(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return row_attention(q, k, v, jnp.zeros((2, 100), jnp.int32), spec)
+
+    out, back = jax.vjp(read, *heads)
+    squares = multiply(b, b, a_transposed=True), multiply(a, a, b_transposed=True)
+    return {"product": digest(multiply(a, b), *squares), "attention of rows": digest(out, *back(out))}
+
+
+OPERATIONS: dict[str, Callable[[], dict[str, str]]] = {
+    "products": products,
+    "norms": norms,
+    "attention": attentions,
+    "training": training,
+}
 
 
 @functools.cache

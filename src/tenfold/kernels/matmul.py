@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from tenfold.kernels import float8, native
+from tenfold.kernels.product import product
 
 PANEL = 32  # outputs of a panel; as in src/native/kernels.h
 TOGETHER = {32: 1, 16: 2, 8: 4, 4: 8}  # inputs that stand together in a panel, by the bits of a weight
@@ -225,22 +226,7 @@ def reference(x: Float[Array, "M D"], weight: Weight, dtype: DTypeLike | None = 
     assert not isinstance(weight, PackedWeight), "packed weights are for native products only"
     if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize(x.dtype)
-    weight = weight.reshape(x.shape[1], -1)
-    return jnp.matmul(x, weight) if dtype is None or dtype == x.dtype else _wide_product(x, weight, jnp.dtype(dtype))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _wide_product(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """A product whose sums are not rounded to the dtype of its factors. Gradients are products of that dtype, too:
-    by itself JAX would multiply in the wider one, several times slower where matrix units are."""
-    return jnp.matmul(x, weight, preferred_element_type=dtype)
-
-
-@_wide_product.defjvp
-def _(dtype: jnp.dtype, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (x, weight), (to_x, to_weight) = primals, tangents
-    moved = jnp.matmul(to_x, weight) + jnp.matmul(x, to_weight)
-    return _wide_product(x, weight, dtype), moved.astype(dtype)
+    return product(x, weight.reshape(x.shape[1], -1), dtype)
 
 
 def _adapted_product(x: jax.Array, weight: AdaptedWeight, dtype: DTypeLike | None) -> jax.Array:

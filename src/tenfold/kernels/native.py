@@ -23,7 +23,10 @@ TARGETS = (
     "tenfold_grouped_matmul_quantized",
     "tenfold_paged_attention",
     "tenfold_paged_attention_update",
+    "tenfold_product",
     "tenfold_rms_norm",
+    "tenfold_row_attention",
+    "tenfold_row_attention_gradient",
 )
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 REMEDY = "Products run on XLA, several times slower. Install a C++ compiler and reinstall tenfold to have them."

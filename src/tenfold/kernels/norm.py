@@ -4,6 +4,7 @@ Dims: B any leading dims, D model width.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,11 @@ def _suits_native(x: jax.Array, weight: jax.Array) -> bool:
     # On a mesh XLA would gather all rows in every device, for an operation that it does not know how to split.
     one_device = jax.sharding.get_abstract_mesh().empty
     return one_device and x.dtype == weight.dtype and x.dtype.name in NATIVE_DTYPES and native.library() is not None
+
+
+def _kept_by_inputs(norm: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A norm whose gradient computes it again: keeping what it reads besides the inputs would take longer."""
+    return jax.checkpoint(norm, prevent_cse=False)
 
 
 def rms_reference(
@@ -59,7 +65,7 @@ def rms_norm(
 def _differentiate_rms_norm(
     eps: float, offset: float | None, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    return jax.jvp(functools.partial(rms_reference, eps=eps, offset=offset), primals, tangents)
+    return jax.jvp(_kept_by_inputs(functools.partial(rms_reference, eps=eps, offset=offset)), primals, tangents)
 
 
 def _native_rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, offset: float | None) -> jax.Array:
@@ -107,7 +113,7 @@ def _layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) ->
 def _differentiate_layer_norm(
     eps: float, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    return jax.jvp(functools.partial(layer_reference, eps=eps), primals, tangents)
+    return jax.jvp(_kept_by_inputs(functools.partial(layer_reference, eps=eps)), primals, tangents)
 
 
 def _native_layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, *, eps: float) -> jax.Array:

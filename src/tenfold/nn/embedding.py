@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tenfold.kernels.matmul import Weight, lookup, matmul
+from tenfold.kernels.product import product
 from tenfold.nn.param import Param, param
 
 
@@ -35,6 +36,7 @@ def unembed(p: Mapping[str, Any], x: Float[Array, "S D"], *, softcap: float | No
     """Float32 logits by the head, or by the embedding where they are tied; soft-capped to ±`softcap` (Gemma 2)."""
     head: Weight = p["head"] if "head" in p else p["embed"]
     if "head" not in p and isinstance(head, jax.Array):
-        head = head.T
-    (logits,) = matmul(x, head, dtype=jnp.float32)
+        logits = product(x, head, jnp.float32, transposed=True)
+    else:
+        (logits,) = matmul(x, head, dtype=jnp.float32)
     return softcap * jnp.tanh(logits / softcap) if softcap else logits

@@ -6,6 +6,7 @@ Dims: T packed tokens, D model width, F feed-forward width.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float
 
 from tenfold.nn.layers import activation, project, project_all
@@ -46,7 +47,13 @@ def plain_mlp_params(up: str, down: str, D: int, F: int, *, bias: bool = True) -
 def gated_mlp(x: Float[Array, "T D"], p: Mapping[str, Any], act: str) -> Float[Array, "T D"]:
     """(act(x · gate) ⊙ (x · up)) · down, with biases where they are declared."""
     gate, up = project_all(x, (p["gate"], p.get("gate_bias")), (p["up"], p.get("up_bias")))
-    return project(activation(act)(gate) * up, p["down"], p.get("down_bias"))
+
+    def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+        return activation(act)(gate) * up
+
+    # A gradient reads the gate and up, and computes the rest again: keeping it would take longer.
+    gated_again = jax.checkpoint(gated, prevent_cse=False)
+    return project(gated_again(gate, up), p["down"], p.get("down_bias"))
 
 
 def plain_mlp(x: Float[Array, "T D"], p: Mapping[str, Any], act: str) -> Float[Array, "T D"]:

@@ -15,12 +15,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tenfold.kernels import convolution, latent_attention, recurrence
-from tenfold.kernels.attention import Attend, AttentionSpec, Heads, on_gpu, packed_attention, segment_starts
+from tenfold.kernels.attention import Attend, AttentionSpec, Heads, on_gpu, segment_starts
 from tenfold.kernels.convolution import ConvolutionSpec
 from tenfold.kernels.flash_attention import flash_attention
 from tenfold.kernels.latent_attention import Latents, LatentSpec
 from tenfold.kernels.recurrence import RecurrenceSpec
 from tenfold.kernels.ring_attention import Places, Ring, ring_attention
+from tenfold.kernels.row_attention import row_attention
 from tenfold.parallel.layout import NOWHERE, Layout, current
 
 
@@ -54,7 +55,7 @@ def packed_attend(segments: Int[Array, "R L"], layout: Layout = NOWHERE) -> Atte
         if layout.context > 1:
             return _attend_ring(heads.q, cache[0], cache[1], heads.sinks, segments, spec, layout), cache
         q, k, v = (x.reshape(R, L, *x.shape[1:]) for x in (heads.q, *cache))
-        mix = partial(attend_tiles, layout=layout) if on_gpu() else packed_attention
+        mix = partial(attend_tiles, layout=layout) if on_gpu() else row_attention
         o = mix(q, k, v, segments, spec, heads.sinks)
         return o.reshape(R * L, *o.shape[2:]), cache
 

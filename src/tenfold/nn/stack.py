@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from tenfold.base.errors import ConfigError
 from tenfold.kernels.flash_attention import KEPT
+from tenfold.kernels.product import product_p
 from tenfold.nn.param import Tree, is_param, stack
 from tenfold.parallel.layout import NOWHERE, Layout
 
@@ -231,7 +232,13 @@ def _remat(block: Block, remat: Remat) -> Block:
         ),
         "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     }[remat]
-    return jax.checkpoint(block, policy=policy, static_argnums=2)
+
+    def of_products(primitive: Any, *arrays: Any, **params: Any) -> Any:
+        if primitive is product_p:  # which to the policies of JAX is no product
+            primitive, params = jax.lax.dot_general_p, {"dimension_numbers": (((1,), (0,)), ((), ()))}
+        return policy(primitive, *arrays, **params)
+
+    return jax.checkpoint(block, policy=of_products, static_argnums=2)
 
 
 def _check_stage(layers: Tree, x: Any, sources: Sequence[int | None]) -> None:

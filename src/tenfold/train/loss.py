@@ -65,11 +65,29 @@ def hidden_states(params: Tree, model: Model, rows: Rows, placement: Placement =
     return placement.layout.unflatten(hidden, rows.tokens.shape[0])
 
 
+@jax.custom_jvp
 def token_losses(logits: Float[Array, "T V"], targets: Int[Array, " T"]) -> Float[Array, " T"]:
     """The cross-entropy of each target, in nats."""
-    # Picked by comparing, which leaves a vocabulary that is spread over devices where it is.
-    is_target = targets[:, None] == jnp.arange(logits.shape[1])[None]
-    return jax.nn.logsumexp(logits, axis=1) - jnp.where(is_target, logits, 0).sum(1)
+    return jax.nn.logsumexp(logits, axis=1) - jnp.where(_is_target(logits, targets), logits, 0).sum(1)
+
+
+def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    # Compared, not picked, which leaves a vocabulary that is spread over devices where it is.
+    return targets[:, None] == jnp.arange(logits.shape[1])[None]
+
+
+@token_losses.defjvp
+def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
+    logits, targets = primals
+
+    @partial(jax.checkpoint, prevent_cse=False)  # keeps nothing else that is as large as the logits
+    def moved(logits: jax.Array, sums: jax.Array, moves: jax.Array) -> jax.Array:
+        is_target = _is_target(logits, targets).astype(logits.dtype)
+        return ((jnp.exp(logits - sums[:, None]) - is_target) * moves).sum(1)
+
+    sums = jax.nn.logsumexp(logits, axis=1)
+    losses = sums - jnp.where(_is_target(logits, targets), logits, 0).sum(1)
+    return losses, moved(logits, sums, tangents[0])
 
 
 def next_token_loss(params: Tree, model: Model, rows: Rows, placement: Placement = PLAIN) -> LossSum:

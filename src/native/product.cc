@@ -1,0 +1,125 @@
+// The inner loops of products of float32 matrices; compiled once per instruction set.
+#include "product.h"
+
+#include "vector.h"
+
+#ifndef TENFOLD_INSTRUCTION_SET
+#error "TENFOLD_INSTRUCTION_SET names what this is compiled for: baseline, avx2 or avx512"
+#endif
+
+namespace tenfold {
+namespace {
+
+// The sums of a tile stay in registers, beside a vector of columns and one broadcast.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12, kTileVectors = 2;
+#else
+constexpr int kTileRows = 6, kTileVectors = 1;
+#endif
+constexpr int kTileColumns = kTileVectors * kLanes;
+
+// --- packing ---------------------------------------------------------------------------------------------------------
+
+typedef Register<float, 4>::Type F32x4;
+
+// Four neighbours of each of four lines, as four of each of four neighbours.
+inline void transpose(const float* from, int64_t line, float* to, int64_t ld) {
+  const F32x4 a = load<F32x4>(from), b = load<F32x4>(from + line), c = load<F32x4>(from + 2 * line),
+              d = load<F32x4>(from + 3 * line);
+  const F32x4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const F32x4 ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  store(to, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
+  store(to + ld, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+  store(to + 2 * ld, __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5));
+  store(to + 3 * ld, __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7));
+}
+
+// A panel [K][W] of `width` lines, each of K inputs: `line` apart, and their inputs `input` apart.
+template <int W>
+void pack_panel(const float* from, int64_t line, int64_t input, int64_t width, int64_t K, float* panel) {
+  if (width < W) {
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t i = 0; i < W; ++i) panel[k * W + i] = i < width ? from[i * line + k * input] : 0.0f;
+  } else if (line == 1) {
+    for (int64_t k = 0; k < K; ++k) std::memcpy(panel + k * W, from + k * input, W * sizeof(float));
+  } else {
+    int64_t k = 0;
+    for (; k + 4 <= K; k += 4) {
+      for (int i = 0; i + 4 <= W; i += 4) transpose(from + i * line + k, line, panel + k * W + i, W);
+      for (int i = W / 4 * 4; i < W; ++i)
+        for (int j = 0; j < 4; ++j) panel[(k + j) * W + i] = from[i * line + k + j];
+    }
+    for (; k < K; ++k)
+      for (int64_t i = 0; i < W; ++i) panel[k * W + i] = from[i * line + k];
+  }
+}
+
+template <int W>
+void pack(const float* from, int64_t line, int64_t input, int64_t lines, int64_t K, float* panels) {
+  for (int64_t first = 0; first < lines; first += W) {
+    const int64_t width = lines - first < W ? lines - first : W;
+    pack_panel<W>(from + first * line, line, input, width, K, panels + first * K);
+  }
+}
+
+void pack_rows(Matrix from, int64_t M, int64_t K, float* panels) {
+  pack<kTileRows>(from.data, from.row, from.column, M, K, panels);
+}
+
+void pack_columns(Matrix from, int64_t K, int64_t N, float* panels) {
+  pack<kTileColumns>(from.data, from.column, from.row, N, K, panels);
+}
+
+// --- tiles -----------------------------------------------------------------------------------------------------------
+
+// out[kTileRows][kTileColumns] = a panel of rows · one of columns, or that added to it.
+inline void tile(const float* rows, const float* columns, int64_t K, bool add, float* out, int64_t ldo) {
+  F32x16 sums[kTileRows][kTileVectors] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    F32x16 b[kTileVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) b[v] = load<F32x16>(columns + k * kTileColumns + v * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < kTileRows; ++m) {
+      const F32x16 a = splat(rows[k * kTileRows + m]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVectors; ++v) sums[m][v] = fma(a, b[v], sums[m][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kTileRows; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) {
+      float* to = out + m * ldo + v * kLanes;
+      store(to, add ? load<F32x16>(to) + sums[m][v] : sums[m][v]);
+    }
+}
+
+void multiply(const float* rows, const float* columns, int64_t M, int64_t N, int64_t K, bool add, float* out,
+              int64_t ldo) {
+  for (int64_t n = 0; n < N; n += kTileColumns) {
+    const int64_t width = N - n < kTileColumns ? N - n : kTileColumns;
+    for (int64_t m = 0; m < M; m += kTileRows) {
+      const int64_t height = M - m < kTileRows ? M - m : kTileRows;
+      float* to = out + m * ldo + n;
+      if (width == kTileColumns && height == kTileRows) {
+        tile(rows + m * K, columns + n * K, K, add, to, ldo);
+        continue;
+      }
+      float whole[kTileRows * kTileColumns];
+      tile(rows + m * K, columns + n * K, K, false, whole, kTileColumns);
+      for (int64_t i = 0; i < height; ++i)
+        for (int64_t j = 0; j < width; ++j) to[i * ldo + j] = (add ? to[i * ldo + j] : 0.0f) + whole[i * kTileColumns + j];
+    }
+  }
+}
+
+}  // namespace
+
+#define TENFOLD_JOIN_(a, b) a##b
+#define TENFOLD_JOIN(a, b) TENFOLD_JOIN_(a, b)
+
+const ProductKernels TENFOLD_JOIN(TENFOLD_INSTRUCTION_SET, _products) = {kTileRows, kTileColumns, pack_rows, pack_columns,
+                                                                       multiply};
+
+}  // namespace tenfold
