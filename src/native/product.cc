@@ -1,6 +1,10 @@
 // The inner loops of products of float32 matrices; compiled once per instruction set.
 #include "product.h"
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 #include "vector.h"
 
 #ifndef TENFOLD_INSTRUCTION_SET
@@ -20,18 +24,20 @@ constexpr int kTileColumns = kTileVectors * kLanes;
 
 // --- packing ---------------------------------------------------------------------------------------------------------
 
-typedef Register<float, 4>::Type F32x4;
-
 // Four neighbours of each of four lines, as four of each of four neighbours.
 inline void transpose(const float* from, int64_t line, float* to, int64_t ld) {
-  const F32x4 a = load<F32x4>(from), b = load<F32x4>(from + line), c = load<F32x4>(from + 2 * line),
-              d = load<F32x4>(from + 3 * line);
-  const F32x4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-  const F32x4 ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  store(to, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
-  store(to + ld, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
-  store(to + 2 * ld, __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5));
-  store(to + 3 * ld, __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7));
+#if defined(__SSE__)
+  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + line);
+  __m128 c = _mm_loadu_ps(from + 2 * line), d = _mm_loadu_ps(from + 3 * line);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, a);
+  _mm_storeu_ps(to + ld, b);
+  _mm_storeu_ps(to + 2 * ld, c);
+  _mm_storeu_ps(to + 3 * ld, d);
+#else
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) to[j * ld + i] = from[i * line + j];
+#endif
 }
 
 // A panel [K][W] of `width` lines, each of K inputs: `line` apart, and their inputs `input` apart.
