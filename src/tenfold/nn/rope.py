@@ -183,9 +183,8 @@ def cos_sin(
     def compute(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
-    def compute_once(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # A branch is all that XLA does not compute again in each layer, for each head, when it fuses for a CPU.
-        always = jax.lax.optimization_barrier(jnp.bool_(True))
-        return jax.lax.cond(always, compute, lambda angles: (angles, angles), angles)
-
-    return jax.lax.platform_dependent(angles, cpu=compute_once, default=compute)
+    # On a CPU in a branch: all else XLA computes again in each layer, for each head, when it fuses.
+    always = jax.lax.optimization_barrier(jnp.bool_(True))
+    return jax.lax.platform_dependent(
+        angles, cpu=lambda a: jax.lax.cond(always, compute, lambda b: (b, b), a), default=compute
+    )
