@@ -219,7 +219,7 @@ async def test_death_while_draining_ends_the_drain(engine):
 
 
 SERVER = """
-import asyncio, os, sys
+import asyncio, os, signal, sys
 from pathlib import Path
 from tenfold.engine.config import EngineConfig
 from tenfold.engine.sampling_params import SamplingParams
@@ -232,6 +232,7 @@ async def main():
     async for _ in engine.generate("r", [1], SamplingParams(max_tokens=4000)):
         print(engine.pid, flush=True)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
 asyncio.run(main())
 """
 
