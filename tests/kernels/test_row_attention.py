@@ -1,5 +1,6 @@
 """Attention within packed rows by native operations, held to its definition."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,12 @@ CASES = [  # (R, L, H, J, K), spec
     ((1, 300, 2, 2, 80), AttentionSpec(0.1, window=7)),
     ((2, 1, 2, 1, 16), AttentionSpec(1.0)),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device() -> Iterator[None]:
+    with jax.default_device(jax.devices()[0]):
+        yield
 
 
 @partial(jax.jit, static_argnames=("spec", "attend"))

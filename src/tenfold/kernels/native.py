@@ -69,3 +69,15 @@ def use(name: str) -> bool:
 def available(device: Any) -> bool:
     """Whether native operations can serve this device."""
     return device.platform == "cpu" and library() is not None
+
+
+def serves_alone() -> bool:
+    """Whether all that is computed is on one CPU, the only device or `jax.default_device`: XLA cannot split them over
+    several, and would gather in each what they read."""
+    one_device = jax.device_count() == 1 or jax.config.values["jax_default_device"] is not None
+    return (
+        one_device
+        and jax.sharding.get_abstract_mesh().empty
+        and jax.default_backend() == "cpu"
+        and library() is not None
+    )

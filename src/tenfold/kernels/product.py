@@ -40,9 +40,7 @@ def product(
 
 
 def _suits_native(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> bool:
-    one_device = jax.sharding.get_abstract_mesh().empty
-    is_float32 = x.dtype == weight.dtype == dtype == jnp.float32
-    return is_float32 and one_device and jax.default_backend() == "cpu" and native.library() is not None
+    return x.dtype == weight.dtype == dtype == jnp.float32 and native.serves_alone()
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
