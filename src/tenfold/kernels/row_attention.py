@@ -29,7 +29,7 @@ def row_attention(
     spec: AttentionSpec,
     sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "R L H K"]:
-    """As `packed_attention`, which it leaves to XLA what the native operation does not do."""
+    """As `packed_attention`, to which it leaves what the native operation does not do."""
     if not _suits_native(q, k, v, spec) or sinks is not None:
         return packed_attention(q, k, v, segments, spec, sinks)
     return forward_p.bind(q, k, v, segments.astype(jnp.int32), spec=spec)[0]
