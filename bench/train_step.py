@@ -62,6 +62,7 @@ def tenfold_step(config: dict[str, Any], rows: int, weights: Path) -> Callable[[
     import jax.numpy as jnp
     import numpy as np
 
+    from tenfold.base.allocator import keep_freed_memory
     from tenfold.data.packing import Rows
     from tenfold.models.family import resolve
     from tenfold.nn import checkpoint
@@ -70,6 +71,7 @@ def tenfold_step(config: dict[str, Any], rows: int, weights: Path) -> Callable[[
     from tenfold.train.state import init_state
     from tenfold.train.step import accumulate, make_step
 
+    keep_freed_memory()  # as the trainer does
     model = resolve(config)
     declared = model.params(stacked=True)
     optimizer = make_optimizer(

@@ -14,13 +14,17 @@
 namespace tenfold {
 namespace {
 
-// The sums of a tile stay in registers, beside a vector of columns and one broadcast.
+// The sums of a tile stay in registers, beside its vectors of columns and one broadcast. Where there are sixteen, four
+// rows take the fewest instructions: a thread that shares its core is bound by those.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 12, kTileVectors = 2;
+#elif defined(__SSE__)
+constexpr int kTileRows = 4, kTileVectors = 3;
 #else
-constexpr int kTileRows = 6, kTileVectors = 1;
+constexpr int kTileRows = 6, kTileVectors = 4;
 #endif
-constexpr int kTileColumns = kTileVectors * kLanes;
+constexpr int kTileColumns = kTileVectors * kNative;
+typedef Register<float, kNative>::Type V;
 
 // --- packing ---------------------------------------------------------------------------------------------------------
 
@@ -62,9 +66,13 @@ void pack_panel(const float* from, int64_t line, int64_t input, int64_t width, i
 
 template <int W>
 void pack(const float* from, int64_t line, int64_t input, int64_t lines, int64_t K, float* panels) {
-  for (int64_t first = 0; first < lines; first += W) {
-    const int64_t width = lines - first < W ? lines - first : W;
-    pack_panel<W>(from + first * line, line, input, width, K, panels + first * K);
+  // Where lines are neighbours, a few inputs of all of them before the next ones: each is read in one go.
+  const int64_t step = line == 1 ? 16 : K;
+  for (int64_t k = 0; k < K; k += step) {
+    for (int64_t first = 0; first < lines; first += W) {
+      const int64_t width = lines - first < W ? lines - first : W, inputs = K - k < step ? K - k : step;
+      pack_panel<W>(from + first * line + k * input, line, input, width, inputs, panels + first * K + k * W);
+    }
   }
 }
 
@@ -80,24 +88,25 @@ void pack_columns(Matrix from, int64_t K, int64_t N, float* panels) {
 
 // out[kTileRows][kTileColumns] = a panel of rows · one of columns, or that added to it.
 inline void tile(const float* rows, const float* columns, int64_t K, bool add, float* out, int64_t ldo) {
-  F32x16 sums[kTileRows][kTileVectors] = {};
+  V sums[kTileRows][kTileVectors] = {};
+#pragma GCC unroll 4
   for (int64_t k = 0; k < K; ++k) {
-    F32x16 b[kTileVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kTileVectors; ++v) b[v] = load<F32x16>(columns + k * kTileColumns + v * kLanes);
+    V b[kTileVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) b[v] = load<V>(columns + k * kTileColumns + v * kNative);
 #pragma GCC unroll 16
     for (int m = 0; m < kTileRows; ++m) {
-      const F32x16 a = splat(rows[k * kTileRows + m]);
-#pragma GCC unroll 2
+      const V a = splat<V>(rows[k * kTileRows + m]);
+#pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) sums[m][v] = fma(a, b[v], sums[m][v]);
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kTileRows; ++m)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
-      float* to = out + m * ldo + v * kLanes;
-      store(to, add ? load<F32x16>(to) + sums[m][v] : sums[m][v]);
+      float* to = out + m * ldo + v * kNative;
+      store(to, add ? load<V>(to) + sums[m][v] : sums[m][v]);
     }
 }
 

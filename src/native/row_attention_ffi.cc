@@ -25,7 +25,7 @@ using LogSums = ffi::Buffer<ffi::F32, 3>;   // [R][H][L]
 using Segments = ffi::Buffer<ffi::S32, 2>;  // [R][L]
 
 constexpr int64_t kQueries = 48;  // of a block
-constexpr int64_t kKeys = 64;     // that values, or keys, are packed by
+constexpr int64_t kKeys = 96;     // that values, or keys, are packed by: a multiple of the columns of every tile
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

@@ -13,7 +13,7 @@ import numpy as np
 from tenfold.base.adapter import fetch_base, is_adapter
 from tenfold.base.errors import OverloadedError, RequestError
 from tenfold.base.paths import cache_dir
-from tenfold.engine.allocator import keep_freed_memory
+from tenfold.base.allocator import keep_freed_memory
 from tenfold.engine.compilations import count_compilations, keep_programs
 from tenfold.engine.config import EngineConfig
 from tenfold.engine.memory import CachePlan, free_memory, plan_cache

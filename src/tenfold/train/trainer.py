@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
+from tenfold.base.allocator import keep_freed_memory
 from tenfold.base.errors import ConfigError, TrainingError
 from tenfold.kernels.float8 import has_units
 from tenfold.nn.param import Tree, abstract
@@ -150,6 +151,8 @@ def train(
     device = jax.devices()[0]
     if config.fp8 and not has_units(device):
         logger.warning("%s has no units for 8-bit floats: fp8 rounds as there, but saves no time", device.device_kind)
+    if device.platform == "cpu":
+        keep_freed_memory()  # a step's temporaries are as large as all activations
     run_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stop = stack.enter_context(told_to_stop())
