@@ -1,6 +1,5 @@
 """The products that training differentiates, held to numpy's and to XLA's."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,13 +13,10 @@ from hypothesis import strategies as st
 from tenfold.kernels import native
 from tenfold.kernels.product import multiply, product
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device() -> Iterator[None]:
-    with jax.default_device(jax.devices()[0]):
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("one_device"),
+    pytest.mark.skipif(native.library() is None, reason="the native kernels are not built"),
+]
 
 
 def draw(seed: int, *shape: int) -> jax.Array:

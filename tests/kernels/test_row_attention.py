@@ -1,6 +1,5 @@
 """Attention within packed rows by native operations, held to its definition."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,10 @@ from tenfold.kernels.attention import AttentionSpec, packed_attention
 from tenfold.kernels.row_attention import row_attention
 from tests.kernels.test_flash_attention import inputs
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
+pytestmark = [
+    pytest.mark.usefixtures("one_device"),
+    pytest.mark.skipif(native.library() is None, reason="the native kernels are not built"),
+]
 
 CASES = [  # (R, L, H, J, K), spec
     ((2, 200, 4, 2, 24), AttentionSpec(0.3)),
@@ -24,12 +26,6 @@ CASES = [  # (R, L, H, J, K), spec
     ((1, 300, 2, 2, 80), AttentionSpec(0.1, window=7)),
     ((2, 1, 2, 1, 16), AttentionSpec(1.0)),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device() -> Iterator[None]:
-    with jax.default_device(jax.devices()[0]):
-        yield
 
 
 @partial(jax.jit, static_argnames=("spec", "attend"))

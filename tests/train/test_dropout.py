@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,6 @@ from tests.train.runs import make_batches
 M, D, N, R = 8, 6, 5, 2
 SHARE = 0.25
 W = param((D, N), "embed mlp", "w.weight", "N D -> D N", inputs="embed")
-
-
-@pytest.fixture
-def mixed_dtypes() -> Iterator[None]:
-    """optax multiplies floats with integer step counts, which the suite's strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def draw(*shape: int, seed: int = 0) -> jax.Array:

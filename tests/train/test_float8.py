@@ -2,7 +2,6 @@
 
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,10 @@ from tenfold.train.trainer import TrainConfig, train
 from tests.train import runs
 from tests.train.cases import LLAMA, MODELS, VOCAB
 
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
+
 FP8 = Placement(fp8=True)
 SMALL = LLAMA | {"num_hidden_layers": 2}
-
-
-@pytest.fixture(autouse=True)
-def mixed_dtypes() -> Iterator[None]:
-    """optax multiplies floats with integer step counts, which the suite's strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def make_rows(seed: int = 0, rows: int = 8, length: int = 16) -> Rows:

@@ -1,21 +1,14 @@
 """Training adapters against PEFT, and preference losses against TRL: golden files of `tests/parity`."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 
 from tests.parity import dpo, lora
 
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
+
 GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.fixture(autouse=True)
-def mixed_dtypes() -> Iterator[None]:
-    """optax multiplies floats with integer step counts, which the suite's strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.mark.parametrize("name", [pytest.param("lora", marks=pytest.mark.slow), "dora"])  # which has what lora has

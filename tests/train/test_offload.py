@@ -1,7 +1,5 @@
 """An optimizer's state that is kept on the host trains as one on the devices."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +14,7 @@ from tenfold.train.offload import HOST_MEMORY, offloaded, on_host
 from tenfold.train.state import init_state, state_shardings
 from tenfold.train.step import accumulate, make_step
 
-
-@pytest.fixture(autouse=True)
-def mixed_dtypes() -> Iterator[None]:
-    """optax multiplies floats with integer step counts, which the suite's strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
 def loss(trainable: dict, frozen: dict, batch: jax.Array) -> LossSum:

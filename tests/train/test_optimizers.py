@@ -1,7 +1,5 @@
 """Learning rates and optimizers against their formulas in numpy; AdamW is compared with torch in `test_parity`."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +9,7 @@ from tenfold.base.errors import ConfigError
 from tenfold.nn.param import Param, param, stack
 from tenfold.train.optimizers import OptimizerConfig, decays_weight, learning_rate, make_optimizer
 
-
-@pytest.fixture(autouse=True)
-def mixed_dtypes() -> Iterator[None]:
-    """optax multiplies floats with integer step counts, which the suite's strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
 def rates(steps: int, at: list[int], **config: object) -> list[float]:

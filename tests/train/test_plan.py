@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,16 +22,9 @@ from tenfold.train.state import abstract_state
 from tenfold.train.step import make_step
 from tests.train.cases import MODELS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mixed_dtypes")]
 
 LENGTH = 64
-
-
-@pytest.fixture(autouse=True)
-def mixed_dtypes() -> Iterator[None]:
-    """optax multiplies floats with integer step counts, which the suite's strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def make_plan(parallelism: Parallelism, rows: int, model_changes: dict[str, Any] | None = None) -> Plan:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,9 @@ from tenfold.train.parallelism import Parallelism
 from tenfold.train.pretrain import Dataset, PretrainConfig, evaluate_model, pretrain
 from tenfold.train.trainer import TrainConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mixed_dtypes")]
 
 LENGTH = 64
-
-
-@pytest.fixture(autouse=True)
-def mixed_dtypes() -> Iterator[None]:
-    """optax multiplies floats with integer step counts, which the suite's strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

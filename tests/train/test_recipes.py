@@ -1,7 +1,7 @@
 """The recipes of fine-tuning, from a file of data to a model that loads: a few steps of a tiny one."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,9 @@ from tenfold.train.sft import SftConfig, sft
 from tenfold.train.step import accumulate
 from tenfold.train.trainer import TrainConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mixed_dtypes")]
 
 LORA = LoraConfig(r=2, target_modules=("q_proj", "down_proj"))
-
-
-@pytest.fixture(autouse=True)
-def mixed_dtypes() -> Iterator[None]:
-    """optax multiplies floats with integer step counts, which the suite's strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

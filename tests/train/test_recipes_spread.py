@@ -1,11 +1,10 @@
 """Recipes of fine-tuning, spread over devices or computed again: the losses of one device."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -23,17 +22,10 @@ from tenfold.train.pretrain import Dataset
 from tenfold.train.sft import SftConfig, sft
 from tenfold.train.trainer import TrainConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mixed_dtypes")]
 
 LORA = LoraConfig(r=2, use_dora=True)
 Recipe = Callable[[TuningConfig, Path, Path], Any]
-
-
-@pytest.fixture(autouse=True)
-def mixed_dtypes() -> Iterator[None]:
-    """optax multiplies floats with integer step counts, which the suite's strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

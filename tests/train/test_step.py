@@ -1,6 +1,5 @@
 """A step against its formula: sums over micro-batches, one division, clipping, and float32 masters."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,12 +16,7 @@ from tenfold.train.optimizers import OPTIMIZERS, OptimizerConfig, make_optimizer
 from tenfold.train.state import abstract_state, init_state
 from tenfold.train.step import accumulate, make_step
 
-
-@pytest.fixture(autouse=True)
-def mixed_dtypes() -> Iterator[None]:
-    """optax multiplies floats with integer step counts, which the suite's strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
 def squares(trainable: Any, frozen: Any, batch: Any) -> LossSum:

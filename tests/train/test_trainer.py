@@ -26,16 +26,9 @@ from tenfold.train.parallelism import Parallelism
 from tenfold.train.trainer import TrainConfig, Trained, train
 from tests.train import runs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mixed_dtypes")]
 
 STEPS = 60
-
-
-@pytest.fixture(autouse=True)
-def mixed_dtypes() -> Iterator[None]:
-    """optax multiplies floats with integer step counts, which the suite's strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
