@@ -1,6 +1,7 @@
 """Keeping compiled programs, and counting compilations: after an engine is ready, each one is a bug."""
 
 import logging
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,25 +16,33 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Compilations:
-    """The number of XLA compilations in this process since it was made, until `stop`."""
+    """The number of XLA compilations by threads while they are in `watched`, until `stop`.
+
+    Whatever else the process compiles, for another engine or in training, is no concern of this one.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self._watched: int | None = None
         monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event == COMPILED:
+        if event == COMPILED and threading.get_ident() == self._watched:
             self.count += 1
             log.warning("a compilation of %.2f s after the engine was ready: please report it", duration_secs)
 
+    @contextmanager
+    def watched(self) -> Generator[None]:
+        """Counts what the calling thread compiles."""
+        self._watched = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._watched = None
+
     def stop(self) -> None:
-        """Counts no more."""
+        """Counts no more; once only."""
         monitoring.unregister_event_duration_listener(self._listen)
-
-
-def count_compilations() -> Compilations:
-    """Starts counting."""
-    return Compilations()
 
 
 def keep_programs(directory: Path) -> None:

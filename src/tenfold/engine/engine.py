@@ -1,6 +1,7 @@
 """The engine: `schedule → run → commit`, one step ahead of the device."""
 
 import logging
+import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from functools import partial
@@ -11,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tenfold.base.adapter import fetch_base, is_adapter
+from tenfold.base.allocator import keep_freed_memory
 from tenfold.base.errors import OverloadedError, RequestError
 from tenfold.base.paths import cache_dir
-from tenfold.base.allocator import keep_freed_memory
-from tenfold.engine.compilations import count_compilations, keep_programs
+from tenfold.engine.compilations import Compilations, keep_programs
 from tenfold.engine.config import EngineConfig
 from tenfold.engine.memory import CachePlan, free_memory, plan_cache
 from tenfold.engine.outputs import EngineOutput, EngineStats, FinishReason, ModelInfo, TokenLogprobs
@@ -109,7 +110,8 @@ class Engine:
             cache_bytes=plan.num_bytes,
             longest_step_s=self._runner.longest_step_s,
         )
-        self._compilations = count_compilations()
+        self._compilations = Compilations()
+        self._stop_counting = weakref.finalize(self, self._compilations.stop)
 
     @classmethod
     def from_pretrained(
@@ -241,6 +243,10 @@ class Engine:
 
         After an exception (an interrupt, say), requests that were in the engine can only be aborted.
         """
+        with self._compilations.watched():
+            return self._step()
+
+    def _step(self) -> list[EngineOutput]:
         try:
             plan = self._scheduler.schedule()
             result = None if plan is None else self._runner.run(plan)
@@ -317,4 +323,4 @@ class Engine:
         if self._inflight is not None:
             self._inflight.tokens.block_until_ready()
         self._inflight = None
-        self._compilations.stop()
+        self._stop_counting()
