@@ -11,7 +11,7 @@ _KEPT_BYTES = 2_000_000_000
 def keep_freed_memory() -> bool:
     """Tells glibc to reuse large blocks instead of returning them to the system at once.
 
-        Blocks above 32 MiB are otherwise mapped and unmapped at every step, and each of their pages faults again: 16 greedy
+    Blocks above 32 MiB are otherwise mapped and unmapped at every step, and each of their pages faults again: 16 greedy
     rows of 128,256 logits took 18 ms to sample instead of 3, and training 25 M weights took 12 % longer a step. What
     lies between kept blocks is the price: half as much memory again in that step.
 
