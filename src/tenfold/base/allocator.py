@@ -16,7 +16,7 @@ def keep_freed_memory() -> bool:
     lies between kept blocks is the price: half as much memory again in that step.
 
     Returns:
-            Whether there was a glibc to tell.
+        Whether there was a glibc to tell.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
