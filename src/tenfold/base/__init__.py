@@ -1,1 +1,1 @@
-"""Errors, directories, storage URIs, checkpoint formats and the allocator: what every other package may use and nothing more."""
+"""Errors, directories, storage URIs, checkpoint formats, the allocator: what every package may use and nothing more."""
