@@ -47,17 +47,6 @@ inline F32x16 tanh(F32x16 y) {
   return bit_cast<F32x16>(bit_cast<I32x16>(result) | sign);
 }
 
-// x / (1 + e^-x)
-inline F32x16 silu(F32x16 x) {
-  const F32x16 e = exp2(bit_cast<F32x16>(bit_cast<I32x16>(x) | static_cast<int32_t>(0x80000000u)) * kLog2e);
-  return x * select(x < 0.0f, e, splat(1.0f)) / (1.0f + e);
-}
-
-// x times the normal distribution's integral up to it, by tanh.
-inline F32x16 gelu(F32x16 x) {
-  return 0.5f * x * (1.0f + tanh(0.797884561f * fma(x * x * x, splat(0.044715f), x)));
-}
-
 // Lanes joined in halves, two and two, down to one.
 template <typename T, class V, typename Join>
 inline T join_lanes(V v, const Join& join) {
