@@ -10,7 +10,7 @@
 #include <utility>
 
 #ifndef TENFOLD_INSTRUCTION_SET
-#error "TENFOLD_INSTRUCTION_SET names what this is compiled for: baseline, avx2 or avx512"
+#error "TENFOLD_INSTRUCTION_SET names what this is compiled for, such as avx2"
 #endif
 
 namespace tenfold {
@@ -477,7 +477,9 @@ void attend(const Attention& a, const QueryBlock& block, int64_t split, void* sc
   auto* pass = a.cache_type == Element::kF32    ? attend_as<Wide<F32>>
                : a.cache_type == Element::kFp8  ? attend_as<Wide<Fp8>>
                : a.cache_type == Element::kInt8 ? (narrow ? attend_as<Fixed<2>> : attend_as<Fixed<3>>)
+#if defined(__AVX512BF16__)
                : narrow                         ? attend_as<Narrow>
+#endif
                                                 : attend_as<Wide<BF16>>;
 #else
   auto* pass = a.cache_type == Element::kF32    ? attend_as<Wide<F32>>

@@ -99,6 +99,6 @@ struct AttentionKernels {
   void (*write)(const Attention&, const NewTokens&);
 };
 
-extern const AttentionKernels baseline_attention, avx2_attention, avx512_attention;
+extern const AttentionKernels baseline_attention, avx2_attention, avx512_vnni_attention, avx512_bf16_attention;
 
 }  // namespace tenfold

@@ -65,7 +65,7 @@ struct NormKernels {
                           uint16_t* out);
 };
 
-extern const NormKernels baseline_norms, avx2_norms, avx512_norms;
-extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels;
+extern const NormKernels baseline_norms, avx2_norms, avx512_vnni_norms, avx512_bf16_norms;
+extern const Kernels baseline_kernels, avx2_kernels, avx512_vnni_kernels, avx512_bf16_kernels;
 
 }  // namespace tenfold

@@ -8,7 +8,7 @@
 #include "vector.h"
 
 #ifndef TENFOLD_INSTRUCTION_SET
-#error "TENFOLD_INSTRUCTION_SET names what this is compiled for: baseline, avx2 or avx512"
+#error "TENFOLD_INSTRUCTION_SET names what this is compiled for, such as avx2"
 #endif
 
 namespace tenfold {

@@ -31,6 +31,6 @@ struct ProductKernels {
                    int64_t ldo);
 };
 
-extern const ProductKernels baseline_products, avx2_products, avx512_products;
+extern const ProductKernels baseline_products, avx2_products, avx512_vnni_products, avx512_bf16_products;
 
 }  // namespace tenfold

@@ -26,6 +26,7 @@ struct RowAttentionKernels {
   float (*dot)(const float* a, const float* b, int64_t n);
 };
 
-extern const RowAttentionKernels baseline_row_attention, avx2_row_attention, avx512_row_attention;
+extern const RowAttentionKernels baseline_row_attention, avx2_row_attention, avx512_vnni_row_attention,
+    avx512_bf16_row_attention;
 
 }  // namespace tenfold

@@ -28,7 +28,7 @@ TARGETS = (
     "tenfold_row_attention",
     "tenfold_row_attention_gradient",
 )
-INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+INSTRUCTION_SETS = ("avx512_bf16", "avx512_vnni", "avx2", "baseline")
 REMEDY = "Products run on XLA, several times slower. Install a C++ compiler and reinstall tenfold to have them."
 
 
