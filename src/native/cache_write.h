@@ -49,6 +49,19 @@ void put_slots(const typename Q::Type* from, int64_t ld_from, int64_t count, int
   }
 }
 
+// Fetches what the keys and values of a head, `count` from a slot on, are stored in: each word of a key in a line of its
+// own, which storing them one after another would wait for.
+template <class C>
+void fetch_slots(const Attention& a, int64_t block, int64_t slot, int64_t count) {
+  constexpr int64_t u = C::kTogether, kLine = 64 / sizeof(typename C::Type);
+  const auto* keys = static_cast<const typename C::Type*>(a.keys) + block * a.B * a.K;
+  const auto* values = static_cast<const typename C::Type*>(a.values) + block * a.B * a.K;
+  for (int64_t word = 0; word < a.K / u; ++word)
+    for (int64_t i = 0; i < count * u; i += kLine) __builtin_prefetch(keys + (word * a.B + slot) * u + i, 1);
+  for (int64_t i = slot / u * a.K * u; i < (slot + count + u - 1) / u * a.K * u; i += kLine)
+    __builtin_prefetch(values + i, 1);
+}
+
 template <class Q, class C>
 void write_as(const Attention& a, const NewTokens& n) {
   constexpr int64_t u = C::kTogether;
@@ -56,6 +69,7 @@ void write_as(const Attention& a, const NewTokens& n) {
   for (int64_t done = 0; done < n.count;) {
     const int64_t position = n.position + done, slot = position % B, count = min(n.count - done, B - slot);
     const int64_t page = a.tables[n.row * a.N + position / B];
+    for (int64_t j = 0; j < a.J && page >= 0 && page < a.P; ++j) fetch_slots<C>(a, page * a.J + j, slot, count);
     for (int64_t j = 0; j < a.J && page >= 0 && page < a.P; ++j) {
       const int64_t block = page * a.J + j, from = (n.token + done) * ld + j * K;
       float* key_scales = u == 4 ? a.key_scales + block * B + slot : nullptr;

@@ -69,6 +69,7 @@ class Runner:
         self.config, self.model = config, model
         leaves, self._structure = jax.tree.flatten(params)
         self._weights = tuple(leaves)  # what every call takes apart: in a tuple that takes half as long as in a tree
+        self._outside = {name: part for name, part in params.items() if name != "layers"}  # what logits are made by
         self._max_len = max_len
         self._reaches = tuple(group.reach for group in groups)
         pages = {group.reach: group.num_pages for group in groups}
@@ -110,8 +111,8 @@ class Runner:
 
     def _program(self, name: str, size: int) -> Program:
         abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
-        weights, history, width = abstract(self._weights), abstract(self._history), self.model.config.D
-        dtype = self.model.activation_dtype(self._structure.unflatten(weights))
+        weights, outside, history = abstract(self._weights), abstract(self._outside), abstract(self._history)
+        width, dtype = self.model.config.D, self.model.activation_dtype(self._structure.unflatten(weights))
         hidden = jax.ShapeDtypeStruct((size, width), dtype)
         ints = jax.ShapeDtypeStruct((size,), jnp.int32)
         bound: dict[str, Any] = {}
@@ -121,24 +122,22 @@ class Runner:
                 alone = name == "decode"
                 kind = programs.StepKind(self._reaches, self.config.block_size, alone, 0 if alone else self._mixed[-1])
                 bound = {"model": self.model, "kind": kind}
-                fn, donated = programs.forward, (1,)
+                fn, donated = _taking_leaves(programs.forward, self._structure), (1,)
                 args = weights, abstract(self._caches), history, abstract(self._step_batch((), size))
             case "sample":
                 fn, bound, donated = programs.sample, {"model": self.model}, (1,)
-                args = weights, history, hidden, abstract(self._sampling_batch((), (), size))
+                args = outside, history, hidden, abstract(self._sampling_batch((), (), size))
             case "logprobs":
                 fn, bound = programs.sampling.logprobs, {"k": self._num_logprobs}
                 args = jax.ShapeDtypeStruct((size, self.model.config.V), jnp.float32), ints
             case "prompt_logprobs":
                 fn, bound = programs.prompt_logprobs, {"model": self.model, "k": self._num_logprobs}
-                args = weights, history, hidden, ints, ints, jax.ShapeDtypeStruct((), jnp.int32)
+                args = outside, history, hidden, ints, ints, jax.ShapeDtypeStruct((), jnp.int32)
             case _:
                 fn, donated = programs.admit, (0,)
                 slot = jax.ShapeDtypeStruct((), jnp.int32)
                 args = history, slot, jax.ShapeDtypeStruct((self._max_len,), jnp.int32)
         about = f"{name} {size} {sorted(bound.items())} {self._structure}"
-        if args[0] is weights:
-            fn = _taking_leaves(fn, self._structure)
         return Program(jax.jit(partial(fn, **bound), donate_argnums=donated), args, about)
 
     def _time_steps(self) -> None:
@@ -231,7 +230,7 @@ class Runner:
             largest = self._mixed[-1]
             program = self._compiled["prompt_logprobs", largest]
             slots, positions = (np.pad(x, (0, largest - T)) for x in (batch.slots, batch.positions))
-            prompt = program(self._weights, self._history, hidden, slots, positions, np.int32(plan.num_tokens))
+            prompt = program(self._outside, self._history, hidden, slots, positions, np.int32(plan.num_tokens))
         return StepResult(
             sampled=tuple(plan.chunks[i] for i in rows),
             rows=rows,
@@ -249,7 +248,7 @@ class Runner:
         self._caches, hidden, last = self._compiled[kind, T](self._weights, self._caches, self._history, batch)
         S = bucket(min(T, self.config.max_num_seqs), self._rows)
         wanted = self._sampling_batch(chunks, [chunk.samples for chunk in chunks], S)
-        self._history, tokens, logits = self._compiled["sample", S](self._weights, self._history, last, wanted)
+        self._history, tokens, logits = self._compiled["sample", S](self._outside, self._history, last, wanted)
         return tokens, logits, hidden, batch
 
     def _step_batch(self, chunks: SequenceOf[Chunk], T: int) -> StepBatch:
