@@ -17,7 +17,8 @@ const Kernels& kernels() { return TENFOLD_CHOOSE(kernels); }
 const NormKernels& norms() { return TENFOLD_CHOOSE(norms); }
 
 constexpr int64_t kRows = 192;        // rows of one task: their sums stay in the first-level cache
-constexpr int64_t kTaskBytes = 1 << 16;  // of weights that one task reads at least
+constexpr int64_t kTasks = 8;         // of a thread, if they are of a good size: of bytes that one reads in a row
+constexpr int64_t kFewestBytes = 1 << 16, kMostBytes = 1 << 18;
 
 // Memory of one thread that calls keep between them; XLA's threads live as long as the process.
 template <typename T>
@@ -89,8 +90,9 @@ void run_products(ffi::ThreadPool& pool, const std::vector<Product>& products, c
                   const Compute& compute) {
   const Kernels& k = kernels();
   const int64_t panels = products.back().first + products.back().panels;
-  const int64_t task_bytes = std::max<int64_t>(1, products[0].panel_bytes * parts.most);
-  const int64_t per_task = std::max<int64_t>(1, kTaskBytes / task_bytes);
+  const int64_t panel_bytes = std::max<int64_t>(1, products[0].panel_bytes * parts.most);
+  const int64_t bytes = std::clamp(panels * panel_bytes / (kTasks * pool.num_threads()), kFewestBytes, kMostBytes);
+  const int64_t per_task = std::max<int64_t>(1, bytes / panel_bytes);
   const int64_t count_parts = static_cast<int64_t>(parts.rows.size());
   parallel_for(pool, ceil_div(panels, per_task) * count_parts, [&](int64_t task) {
     const int64_t first = task / count_parts * per_task;
