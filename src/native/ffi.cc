@@ -15,6 +15,7 @@ namespace {
 
 const Kernels& kernels() { return TENFOLD_CHOOSE(kernels); }
 const NormKernels& norms() { return TENFOLD_CHOOSE(norms); }
+const GateKernels& gates() { return TENFOLD_CHOOSE(gates); }
 
 constexpr int64_t kRows = 192;        // rows of one task: their sums stay in the first-level cache
 constexpr int64_t kTasks = 8;         // of a thread, if they are of a good size: of bytes that one reads in a row
@@ -337,6 +338,30 @@ ffi::Error layer_norm(ffi::ThreadPool pool, float eps, ffi::AnyBuffer x, ffi::An
   return ffi::Error::Success();
 }
 
+constexpr int64_t kGateTask = 8192;  // values of one task
+
+ffi::Error gate(ffi::ThreadPool pool, bool silu, ffi::AnyBuffer x, ffi::AnyBuffer up,
+                ffi::Result<ffi::AnyBuffer> out) {
+  const int64_t total = static_cast<int64_t>(x.element_count());
+  if (!alike(x, {up.element_type(), out->element_type()}) || static_cast<int64_t>(up.element_count()) != total ||
+      static_cast<int64_t>(out->element_count()) != total) {
+    return invalid("gate, up and output must have one shape, and be all float32 or all bfloat16");
+  }
+  const GateKernels& k = gates();
+  parallel_for(pool, ceil_div(total, kGateTask), [&](int64_t task) {
+    const int64_t at = task * kGateTask, count = std::min(kGateTask, total - at);
+    if (x.element_type() == ffi::F32) {
+      (silu ? k.silu_f32 : k.gelu_f32)(x.typed_data<float>() + at, up.typed_data<float>() + at, count,
+                                       out->typed_data<float>() + at);
+    } else {
+      (silu ? k.silu_bf16 : k.gelu_bf16)(static_cast<const uint16_t*>(x.untyped_data()) + at,
+                                         static_cast<const uint16_t*>(up.untyped_data()) + at, count,
+                                         static_cast<uint16_t*>(out->untyped_data()) + at);
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace tenfold
 
@@ -348,6 +373,7 @@ TENFOLD_PUBLIC XLA_FFI_Error* tenfold_grouped_matmul(XLA_FFI_CallFrame*);
 TENFOLD_PUBLIC XLA_FFI_Error* tenfold_grouped_matmul_quantized(XLA_FFI_CallFrame*);
 TENFOLD_PUBLIC XLA_FFI_Error* tenfold_rms_norm(XLA_FFI_CallFrame*);
 TENFOLD_PUBLIC XLA_FFI_Error* tenfold_layer_norm(XLA_FFI_CallFrame*);
+TENFOLD_PUBLIC XLA_FFI_Error* tenfold_gate(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     tenfold_matmul, tenfold::matmul,
@@ -390,6 +416,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tenfold_rms_norm, tenfold::rms_norm,
                                   .Attr<float>("eps")
                                   .Attr<float>("offset")
                                   .Attr<bool>("weight_last")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tenfold_gate, tenfold::gate,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("silu")
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());

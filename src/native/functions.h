@@ -7,6 +7,7 @@ namespace tenfold {
 namespace {
 
 constexpr float kLog2e = 1.44269504f;
+constexpr float kLog2eRest = 1.92596299e-8f;  // log2(e) less kLog2e
 constexpr float kLowest = -3.40282347e38f;
 constexpr float kRounder = 12582912.0f;  // 1.5 · 2^23: added, it leaves the nearest integer in the low bits
 const float kInfinity = __builtin_inff();
@@ -19,14 +20,24 @@ inline F32x16 polynomial(F32x16 x, const float (&coefficients)[N]) {
   return p;
 }
 
-// 2^x for x <= 0, within one unit in the last place; NaN stays NaN. The polynomial is a minimax fit of (2^r - 1) / r.
-inline F32x16 exp2(F32x16 x) {
-  const F32x16 shifted = x + kRounder;
-  const F32x16 r = x - (shifted - kRounder);
+// 2^(n + r), for |r| <= 1/2, with n in the low bits of `shifted`. The polynomial is a minimax fit of (2^r - 1) / r.
+inline F32x16 power_of_two(F32x16 shifted, F32x16 r) {
   const F32x16 p = polynomial(
       r, {1.53533620e-4f, 1.33988750e-3f, 9.61843692e-3f, 5.55033237e-2f, 2.40226477e-1f, 6.93147182e-1f, 1.0f});
-  const I32x16 power = (bit_cast<I32x16>(shifted) << 23) + (127 << 23);
-  return select(x < -126.0f, F32x16{}, p * bit_cast<F32x16>(power));
+  return p * bit_cast<F32x16>((bit_cast<I32x16>(shifted) << 23) + (127 << 23));
+}
+
+// 2^x for x <= 0, within one unit in the last place; NaN stays NaN.
+inline F32x16 exp2(F32x16 x) {
+  const F32x16 shifted = x + kRounder;
+  return select(x < -126.0f, F32x16{}, power_of_two(shifted, x - (shifted - kRounder)));
+}
+
+// e^x for x <= 0, likewise: what rounding log2(e) leaves out is added to x · log2(e) once that is near 0.
+inline F32x16 exp(F32x16 x) {
+  const F32x16 shifted = x * kLog2e + kRounder, n = shifted - kRounder;
+  const F32x16 r = fma(x, splat(kLog2eRest), fma(x, splat(kLog2e), -1.0f * n));
+  return select(x < -87.0f, F32x16{}, power_of_two(shifted, r));
 }
 
 inline float exp2(float x) {
@@ -45,6 +56,17 @@ inline F32x16 tanh(F32x16 y) {
   const F32x16 e = exp2(magnitude * (-2.0f * kLog2e));
   const F32x16 result = select(magnitude < 0.6f, small, (1.0f - e) / (1.0f + e));
   return bit_cast<F32x16>(bit_cast<I32x16>(result) | sign);
+}
+
+// x / (1 + e^-x)
+inline F32x16 silu(F32x16 x) {
+  const F32x16 e = exp(bit_cast<F32x16>(bit_cast<I32x16>(x) | static_cast<int32_t>(0x80000000u)));
+  return x * select(x < 0.0f, e, splat(1.0f)) / (1.0f + e);
+}
+
+// x times the normal distribution's integral up to it, by tanh.
+inline F32x16 gelu(F32x16 x) {
+  return 0.5f * x * (1.0f + tanh(0.797884561f * fma(x * x * x, splat(0.044715f), x)));
 }
 
 // Lanes joined in halves, two and two, down to one.

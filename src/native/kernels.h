@@ -65,6 +65,15 @@ struct NormKernels {
                           uint16_t* out);
 };
 
+// The gates of n values: f(gate) · up, computed in float32 and rounded once.
+struct GateKernels {
+  void (*silu_f32)(const float* gate, const float* up, int64_t n, float* out);
+  void (*silu_bf16)(const uint16_t* gate, const uint16_t* up, int64_t n, uint16_t* out);
+  void (*gelu_f32)(const float* gate, const float* up, int64_t n, float* out);
+  void (*gelu_bf16)(const uint16_t* gate, const uint16_t* up, int64_t n, uint16_t* out);
+};
+
+extern const GateKernels baseline_gates, avx2_gates, avx512_vnni_gates, avx512_bf16_gates;
 extern const NormKernels baseline_norms, avx2_norms, avx512_vnni_norms, avx512_bf16_norms;
 extern const Kernels baseline_kernels, avx2_kernels, avx512_vnni_kernels, avx512_bf16_kernels;
 

@@ -1,5 +1,6 @@
 // The inner loop of normalisations; compiled once per instruction set.
 #include "kernels.h"
+#include "lanes.h"
 #include "vector.h"
 
 #ifndef TENFOLD_INSTRUCTION_SET
@@ -17,28 +18,8 @@ inline F32x16 rounded(F32x16 v, const uint16_t*) {
   return widen(half);
 }
 
-// The first n < 16 values and zeros.
-template <typename T>
-inline F32x16 widen_part(const T* x, int64_t n) {
-  T part[kLanes] = {};
-  std::memcpy(part, x, static_cast<size_t>(n) * sizeof(T));
-  return widen(part);
-}
-
 inline float number(float x) { return x; }
 inline float number(uint16_t x) { return bf16_to_float(x); }
-
-// Calls body(where they go, a vector of each input...) for every 16 neighbours; the last are padded with zeros.
-template <typename T, typename Body, typename... Inputs>
-inline void for_lanes(int64_t D, T* out, const Body& body, const Inputs*... inputs) {
-  int64_t d = 0;
-  for (; d + kLanes <= D; d += kLanes) body(out + d, widen(inputs + d)...);
-  if (d < D) {
-    T result[kLanes];
-    body(result, widen_part(inputs + d, D - d)...);
-    std::memcpy(out + d, result, static_cast<size_t>(D - d) * sizeof(T));
-  }
-}
 
 // The sum of all lanes, in order.
 inline float total(F32x16 v) {

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tenfold.kernels import norm
 from tenfold.kernels.norm import layer_norm, rms_norm
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 
 

@@ -91,7 +91,7 @@ class ProgramCache:
         file = self._file(program)
         kept = None if file is None or not file.exists() else file.read_bytes()
         if file is None or kept is None:
-            return functools.partial(self._compile, file, program.fn.lower(*program.args))
+            return functools.partial(self._compile, file, self._lower(program))
         return functools.partial(self._load, file, kept, program)
 
     def _file(self, program: Program) -> Path | None:
@@ -100,6 +100,10 @@ class ProgramCache:
         leaves, structure = jax.tree.flatten(program.args)
         made_from = "\n".join((_environment(self._device), program.about, str(structure), *map(str, leaves)))
         return self._directory / hashlib.sha256(made_from.encode()).hexdigest()
+
+    def _lower(self, program: Program) -> Any:
+        with jax.default_device(self._device):  # which alone runs it: operations need not be split
+            return program.fn.lower(*program.args)
 
     def _compile(self, file: Path | None, lowered: Any) -> Any:
         program = lowered.compile()
@@ -120,7 +124,7 @@ class ProgramCache:
             os.utime(file)
         except Exception as error:  # noqa: BLE001 - whatever a damaged file makes of itself
             log.info("the kept program %s cannot be loaded (%s) and is compiled anew", file, error)
-            return self._compile(file, program.fn.lower(*program.args))
+            return self._compile(file, self._lower(program))
         return loaded
 
 

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 LIBRARY = "tenfold/kernels/libtenfold_native.so"  # beside this file, or where an editable install keeps what it built
 TARGETS = (
+    "tenfold_gate",
     "tenfold_layer_norm",
     "tenfold_matmul",
     "tenfold_matmul_quantized",
@@ -81,3 +82,8 @@ def serves_alone() -> bool:
         and jax.default_backend() == "cpu"
         and library() is not None
     )
+
+
+def suits(*arrays: jax.Array) -> bool:
+    """Whether operations of rows take these: all float32 or all bfloat16, where one CPU serves alone."""
+    return {x.dtype.name for x in arrays} in ({"float32"}, {"bfloat16"}) and serves_alone()

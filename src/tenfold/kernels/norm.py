@@ -13,14 +13,6 @@ from jaxtyping import Array, Float
 
 from tenfold.kernels import native
 
-NATIVE_DTYPES = ("float32", "bfloat16")
-
-
-def _suits_native(x: jax.Array, weight: jax.Array) -> bool:
-    # On a mesh XLA would gather all rows in every device, for an operation that it does not know how to split.
-    one_device = jax.sharding.get_abstract_mesh().empty
-    return one_device and x.dtype == weight.dtype and x.dtype.name in NATIVE_DTYPES and native.library() is not None
-
 
 def _kept_by_inputs(norm: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """A norm whose gradient computes it again: keeping what it reads besides the inputs would take longer."""
@@ -51,7 +43,7 @@ def rms_norm(
 
     On a CPU a row's result does not depend on the rows beside it, to the last bit: XLA's sums over a row do.
     """
-    if not _suits_native(x, weight):
+    if not native.suits(x, weight):
         return rms_reference(x, weight, eps, offset)
     return jax.lax.platform_dependent(
         x,
@@ -98,7 +90,7 @@ def layer_norm(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    if not _suits_native(x, weight):
+    if not native.suits(x, weight):
         return layer_reference(x, weight, bias, eps)
     return jax.lax.platform_dependent(
         x,

@@ -18,7 +18,7 @@ from tenfold.nn.attention import attention_params
 from tenfold.nn.cache import CacheSpec, KeyValueSpec
 from tenfold.nn.embedding import embed, embedding_params, unembed
 from tenfold.nn.hf_config import HFConfig
-from tenfold.nn.layers import rotate
+from tenfold.nn.layers import gated, rotate
 from tenfold.nn.moe import Router
 from tenfold.nn.param import Param, Tree, param
 from tenfold.nn.rope import Rope
@@ -113,7 +113,7 @@ def forward(
         q, k, v = attention.qkv(rms_norm(x, w["attn_norm"], c.eps), w)
         o, cache = attend(Heads(rotate(q, *cos_sin), rotate(k, *cos_sin), v), cache, spec)
         x = x + attention.output(o, w)
-        return x + moe.mixture(rms_norm(x, w["mlp_norm"], c.eps), w, c.router, moe.gated(c.act)), cache
+        return x + moe.mixture(rms_norm(x, w["mlp_norm"], c.eps), w, c.router, gated(c.act)), cache
 
     x, caches = run_layers(block, p["layers"], kinds(c), embed(p["embed"], tokens, p["norm"].dtype), caches)
     return rms_norm(x, p["norm"], c.eps), caches

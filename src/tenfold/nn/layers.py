@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tenfold.base.errors import UnsupportedModelError
+from tenfold.kernels.gate import FUNCTIONS as GATES
+from tenfold.kernels.gate import gated as gate_by
 from tenfold.kernels.matmul import Weight, matmul, output_dims
 from tenfold.nn.param import Param, param
 
@@ -29,6 +31,12 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     if name not in ACTIVATIONS:
         raise UnsupportedModelError(f"the activation {name!r} is not implemented; known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def gated(act: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """act(gate) ⊙ up, for the name of an activation."""
+    apply = activation(act)
+    return lambda gate, up: gate_by(gate, up, act) if act in GATES else apply(gate) * up
 
 
 def layer_norm_params(name: str, at: str, D: int) -> dict[str, Param]:

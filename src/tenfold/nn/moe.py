@@ -38,7 +38,7 @@ from jaxtyping import Array, Float, Float32, Int
 from tenfold.base.errors import ConfigError
 from tenfold.kernels.grouped_matmul import grouped_matmul, output_dims
 from tenfold.kernels.matmul import matmul
-from tenfold.nn.layers import activation, project, project_all
+from tenfold.nn.layers import gated, project, project_all
 from tenfold.nn.mlp import gated_mlp
 from tenfold.nn.param import Param, param, stack
 from tenfold.parallel.layout import NOWHERE, Layout, current
@@ -206,12 +206,6 @@ def _best_groups(scores: Float32[Array, "T E"], router: Router) -> Float32[Array
 
 
 # --- computing ------------------------------------------------------------------------------------------------------
-
-
-def gated(act: str) -> Gating:
-    """act(gate) ⊙ up, for the name of an activation."""
-    apply = activation(act)
-    return lambda gate, up: apply(gate) * up
 
 
 def feed_forward(x: Float[Array, "T D"], p: Mapping[str, Any], router: Router, act: str) -> Float[Array, "T D"]:
