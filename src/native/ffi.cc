@@ -18,7 +18,7 @@ const NormKernels& norms() { return TENFOLD_CHOOSE(norms); }
 const GateKernels& gates() { return TENFOLD_CHOOSE(gates); }
 
 constexpr int64_t kRows = 192;        // rows of one task: their sums stay in the first-level cache
-constexpr int64_t kTasks = 8;         // of a thread, if they are of a good size: of bytes that one reads in a row
+constexpr int64_t kTasks = 8;         // of a thread, where that leaves each task a good many bytes to read in a row
 constexpr int64_t kFewestBytes = 1 << 16, kMostBytes = 1 << 18;
 
 // Memory of one thread that calls keep between them; XLA's threads live as long as the process.
