@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from tenfold.data.packing import Rows
+from tenfold.kernels import native
 from tenfold.models.family import Model
 from tenfold.nn.float8 import in_float8
 from tenfold.nn.packed import packed_attend
@@ -68,11 +69,17 @@ def hidden_states(params: Tree, model: Model, rows: Rows, placement: Placement =
 @jax.custom_jvp
 def token_losses(logits: Float[Array, "T V"], targets: Int[Array, " T"]) -> Float[Array, " T"]:
     """The cross-entropy of each target, in nats."""
-    return jax.nn.logsumexp(logits, axis=1) - jnp.where(_is_target(logits, targets), logits, 0).sum(1)
+    return jax.nn.logsumexp(logits, axis=1) - _of_targets(logits, targets)
+
+
+def _of_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    # Compared, not picked, where that leaves a vocabulary that is spread over devices where it is.
+    if native.serves_alone():
+        return jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    return jnp.where(_is_target(logits, targets), logits, 0).sum(1)
 
 
 def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    # Compared, not picked, which leaves a vocabulary that is spread over devices where it is.
     return targets[:, None] == jnp.arange(logits.shape[1])[None]
 
 
@@ -86,8 +93,7 @@ def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]) -> 
         return ((jnp.exp(logits - sums[:, None]) - is_target) * moves).sum(1)
 
     sums = jax.nn.logsumexp(logits, axis=1)
-    losses = sums - jnp.where(_is_target(logits, targets), logits, 0).sum(1)
-    return losses, moved(logits, sums, tangents[0])
+    return sums - _of_targets(logits, targets), moved(logits, sums, tangents[0])
 
 
 def next_token_loss(params: Tree, model: Model, rows: Rows, placement: Placement = PLAIN) -> LossSum:
