@@ -14,14 +14,16 @@
 namespace tenfold {
 namespace {
 
-// The sums of a tile stay in registers, beside its vectors of columns and one broadcast. Where there are sixteen, four
-// rows take the fewest instructions: a thread that shares its core is bound by those.
+// The sums of a tile stay in registers, beside its vectors of columns and one broadcast. A thread that shares its core is
+// bound by instructions, of which tiles of these shapes have the fewest. Blocks are so long that a panel of the right
+// factor stays in the first-level cache; registers of 64 bytes are fed as fast by the second level, and sums then go to
+// memory and back less often.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 12, kTileVectors = 2;
+constexpr int kTileRows = 8, kTileVectors = 3, kBlockInputs = 384;
 #elif defined(__SSE__)
-constexpr int kTileRows = 4, kTileVectors = 3;
+constexpr int kTileRows = 4, kTileVectors = 3, kBlockInputs = 256;
 #else
-constexpr int kTileRows = 6, kTileVectors = 4;
+constexpr int kTileRows = 6, kTileVectors = 4, kBlockInputs = 256;
 #endif
 constexpr int kTileColumns = kTileVectors * kNative;
 typedef Register<float, kNative>::Type V;
@@ -86,28 +88,41 @@ void pack_columns(Matrix from, int64_t K, int64_t N, float* panels) {
 
 // --- tiles -----------------------------------------------------------------------------------------------------------
 
-// out[kTileRows][kTileColumns] = a panel of rows · one of columns, or that added to it.
+// out[kTileRows][NV vectors] = a panel of rows · the first columns of one of columns, or that added to it.
+template <int NV>
 inline void tile(const float* rows, const float* columns, int64_t K, bool add, float* out, int64_t ldo) {
-  V sums[kTileRows][kTileVectors] = {};
+  V sums[kTileRows][NV] = {};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < K; ++k) {
-    V b[kTileVectors];
+    V b[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) b[v] = load<V>(columns + k * kTileColumns + v * kNative);
+    for (int v = 0; v < NV; ++v) b[v] = load<V>(columns + k * kTileColumns + v * kNative);
 #pragma GCC unroll 16
     for (int m = 0; m < kTileRows; ++m) {
-      const V a = splat<V>(rows[k * kTileRows + m]);
+      const float* at = rows + k * kTileRows + m;
+      const V a = splat<V>(*at);
 #pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) sums[m][v] = fma(a, b[v], sums[m][v]);
+      for (int v = 0; v < NV; ++v)
+        sums[m][v] = kReadsInFma && m % 2 ? fma_read(at, b[v], sums[m][v]) : fma(a, b[v], sums[m][v]);
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kTileRows; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
+    for (int v = 0; v < NV; ++v) {
       float* to = out + m * ldo + v * kNative;
       store(to, add ? load<V>(to) + sums[m][v] : sums[m][v]);
     }
+}
+
+// The tile of as few vectors as hold `width` columns.
+template <int NV = kTileVectors>
+inline void tile_of(int64_t width, const float* rows, const float* columns, int64_t K, bool add, float* out,
+                    int64_t ldo) {
+  if constexpr (NV > 1) {
+    if (width <= (NV - 1) * kNative) return tile_of<NV - 1>(width, rows, columns, K, add, out, ldo);
+  }
+  tile<NV>(rows, columns, K, add, out, ldo);
 }
 
 void multiply(const float* rows, const float* columns, int64_t M, int64_t N, int64_t K, bool add, float* out,
@@ -117,12 +132,12 @@ void multiply(const float* rows, const float* columns, int64_t M, int64_t N, int
     for (int64_t m = 0; m < M; m += kTileRows) {
       const int64_t height = M - m < kTileRows ? M - m : kTileRows;
       float* to = out + m * ldo + n;
-      if (width == kTileColumns && height == kTileRows) {
-        tile(rows + m * K, columns + n * K, K, add, to, ldo);
+      if (width % kNative == 0 && height == kTileRows) {
+        tile_of(width, rows + m * K, columns + n * K, K, add, to, ldo);
         continue;
       }
       float whole[kTileRows * kTileColumns];
-      tile(rows + m * K, columns + n * K, K, false, whole, kTileColumns);
+      tile_of(width, rows + m * K, columns + n * K, K, false, whole, kTileColumns);
       for (int64_t i = 0; i < height; ++i)
         for (int64_t j = 0; j < width; ++j) to[i * ldo + j] = (add ? to[i * ldo + j] : 0.0f) + whole[i * kTileColumns + j];
     }
@@ -134,7 +149,8 @@ void multiply(const float* rows, const float* columns, int64_t M, int64_t N, int
 #define TENFOLD_JOIN_(a, b) a##b
 #define TENFOLD_JOIN(a, b) TENFOLD_JOIN_(a, b)
 
-const ProductKernels TENFOLD_JOIN(TENFOLD_INSTRUCTION_SET, _products) = {kTileRows, kTileColumns, pack_rows, pack_columns,
-                                                                       multiply};
+const ProductKernels TENFOLD_JOIN(TENFOLD_INSTRUCTION_SET, _products) = {
+    kTileRows, kTileColumns, kBlockInputs, pack_rows, pack_columns, multiply,
+};
 
 }  // namespace tenfold

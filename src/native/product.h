@@ -1,6 +1,6 @@
 // Products of two float32 matrices of which neither is repacked before: what training multiplies.
 //
-// Both factors are cut into blocks of at most kBlockInputs inputs and copied into the order in which a tile reads them:
+// Both factors are cut into blocks of at most `block_inputs` inputs and copied into the order in which a tile reads them:
 // the left one into panels of `tile_rows` rows, the right one into panels of `tile_columns` columns. A sum over the
 // inputs goes block by block, in ascending order, so the bits of a result do not depend on how rows and columns are
 // shared out.
@@ -9,8 +9,6 @@
 #include <cstdint>
 
 namespace tenfold {
-
-constexpr int64_t kBlockInputs = 256;  // a panel of the right factor then stays in the first-level cache
 
 // A matrix, or its transpose: element (i, j) is at i · row + j · column, of which one is 1.
 struct Matrix {
@@ -22,6 +20,7 @@ struct Matrix {
 struct ProductKernels {
   int64_t tile_rows;
   int64_t tile_columns;
+  int64_t block_inputs;
   // Rows [0, M) of K inputs as panels [K][tile_rows], the last padded with zeros.
   void (*pack_rows)(Matrix from, int64_t M, int64_t K, float* panels);
   // Columns [0, N) of K inputs as panels [K][tile_columns], the last padded with zeros.

@@ -17,7 +17,7 @@ using Floats = ffi::Buffer<ffi::F32, 2>;
 
 constexpr int64_t kMostRows = 192;     // of one task: a block of them stays in the second-level cache
 constexpr int64_t kMostColumns = 1024;  // and of inputs, that are packed at once: the last-level cache holds them
-constexpr int64_t kMostInputs = 8 * kBlockInputs;
+constexpr int64_t kMostInputs = 2048;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -41,7 +41,7 @@ void run_product(ffi::ThreadPool& pool, const Matrix& a, const Matrix& b, int64_
   const ProductKernels& k = TENFOLD_CHOOSE(products);
   const int64_t threads = pool.num_threads();
   if (K == 0) std::fill_n(out, M * N, 0.0f);
-  const Parts columns(N, kMostColumns, k.tile_columns), inputs(K, kMostInputs, kBlockInputs);
+  const Parts columns(N, kMostColumns, k.tile_columns), inputs(K, kMostInputs, k.block_inputs);
   // As many tasks for each thread, of rows and, where these are few, of columns.
   const Parts rows(M, kMostRows, k.tile_rows, ceil_div(ceil_div(M, kMostRows), threads) * threads);
   const int64_t split = std::max<int64_t>(1, ceil_div(2 * threads, rows.count()));
@@ -51,7 +51,7 @@ void run_product(ffi::ThreadPool& pool, const Matrix& a, const Matrix& b, int64_
     const int64_t width = shares.count() * shares.each;
     for (int64_t input = 0; input < inputs.count(); ++input) {
       const int64_t begin = inputs.begin(input), length = inputs.length(input);
-      const Parts blocks(length, kBlockInputs, 1);
+      const Parts blocks(length, k.block_inputs, 1);
       float* packed = scratch<kCall>(width * length);
       // The columns of a share, for all inputs of a block, stand together.
       parallel_for(pool, blocks.count() * shares.count(), [&](int64_t task) {
