@@ -69,10 +69,9 @@ void tile_f32(const float* x, int64_t ldx, int64_t K, const float* w, float* acc
     }
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-      const float* at = x + m * ldx + k;
-      const F32x16 a = splat(*at);
+      const F32x16 a = splat(x[m * ldx + k]);
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) c[m][v] = kReadsInFma && m % 2 ? fma_read(at, b[v], c[m][v]) : fma(a, b[v], c[m][v]);
+      for (int v = 0; v < NV; ++v) c[m][v] = fma(a, b[v], c[m][v]);
     }
   }
 #pragma GCC unroll 16
