@@ -88,6 +88,20 @@ void pack_columns(Matrix from, int64_t K, int64_t N, float* panels) {
 
 // --- tiles -----------------------------------------------------------------------------------------------------------
 
+// `fma` whose number a the instruction itself reads from memory. Without a broadcast before it there is one less to issue,
+// but every vector loads anew what one broadcast serves for all. A core that two threads share is bound by what it issues,
+// one that a thread has alone by loads, so the rows of a tile take turns.
+#if defined(__AVX512F__)
+constexpr bool kReadsInFma = true;
+inline V fma_read(const float* a, V b, V c) {
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+  return c;
+}
+#else
+constexpr bool kReadsInFma = false;
+inline V fma_read(const float* a, V b, V c) { return fma(splat<V>(*a), b, c); }
+#endif
+
 // out[kTileRows][NV vectors] = a panel of rows · the first columns of one of columns, or that added to it.
 template <int NV>
 inline void tile(const float* rows, const float* columns, int64_t K, bool add, float* out, int64_t ldo) {

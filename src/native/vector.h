@@ -217,21 +217,6 @@ inline V fma(V a, V b, V c) {
 #endif
 }
 
-// `fma` whose number a the instruction itself reads from memory. Without a broadcast before it there is one less to issue,
-// but every vector loads anew what one broadcast serves for all. A core that two threads share is bound by what it issues,
-// one that a thread has alone by loads, so tiles take their rows by turns in either way.
-#if defined(__AVX512F__)
-constexpr bool kReadsInFma = true;
-inline F32x16 fma_read(const float* a, F32x16 b, F32x16 c) {
-  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
-  return c;
-}
-#else
-constexpr bool kReadsInFma = false;
-template <class V>
-inline V fma_read(const float* a, V b, V c) { return fma(splat<V>(*a), b, c); }
-#endif
-
 // bfloat16 is the upper half of a float32.
 inline float bf16_to_float(uint16_t v) { return bit_cast<float>(static_cast<uint32_t>(v) << 16); }
 
