@@ -24,7 +24,7 @@ inline F32x16 polynomial(F32x16 x, const float (&coefficients)[N]) {
 inline F32x16 power_of_two(F32x16 shifted, F32x16 r) {
   const F32x16 p = polynomial(
       r, {1.53533620e-4f, 1.33988750e-3f, 9.61843692e-3f, 5.55033237e-2f, 2.40226477e-1f, 6.93147182e-1f, 1.0f});
-  return p * bit_cast<F32x16>((bit_cast<I32x16>(shifted) << 23) + (127 << 23));
+  return p * bit_cast<F32x16>((bit_cast<U32x16>(shifted) << 23) + (127u << 23));  // may wrap where callers select 0
 }
 
 // 2^x for x <= 0, within one unit in the last place; NaN stays NaN.
