@@ -33,7 +33,7 @@ inline F32x16 exp2(F32x16 x) {
   return select(x < -126.0f, F32x16{}, power_of_two(shifted, x - (shifted - kRounder)));
 }
 
-// e^x for x <= 0, likewise: what rounding log2(e) leaves out is added to x · log2(e) once that is near 0.
+// e^x for x <= 0, likewise where multiply-adds are fused: what rounding log2(e) leaves out is added to x · log2(e) once that is near 0.
 inline F32x16 exp(F32x16 x) {
   const F32x16 shifted = x * kLog2e + kRounder, n = shifted - kRounder;
   const F32x16 r = fma(x, splat(kLog2eRest), fma(x, splat(kLog2e), -1.0f * n));
