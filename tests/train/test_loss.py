@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tenfold.data.packing import Rows, pack
 from tenfold.models.family import Model, resolve
 from tenfold.nn.param import initialize
-from tenfold.train.loss import hidden_states, next_token_loss
+from tenfold.train.loss import hidden_states, next_token_loss, token_losses
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -90,3 +91,17 @@ def test_stacked_layers_have_the_same_loss_and_gradients() -> None:
             layer,
             grads_stacked["layers"]["scan"][0],
         )
+
+
+@pytest.mark.parametrize("devices", ["one", "several"])  # which picks the targets' logits, or compares
+def test_losses_and_their_gradients_are_the_cross_entropys(devices: str) -> None:
+    rng = np.random.default_rng(3)
+    logits = (4 * rng.standard_normal((7, 50))).astype(np.float32)
+    targets, weights = rng.integers(0, 50, 7), rng.uniform(0.5, 2, 7).astype(np.float32)
+    with jax.default_device(jax.devices()[0] if devices == "one" else None):
+        losses, back = jax.vjp(lambda x: token_losses(x, jnp.asarray(targets, jnp.int32)), jnp.asarray(logits))
+        (gradient,) = back(jnp.asarray(weights))
+    exact = log_softmax(logits.astype(np.float64))
+    np.testing.assert_allclose(losses, -exact[np.arange(7), targets], rtol=1e-6, atol=1e-5)
+    expected = (np.exp(exact) - np.eye(50)[targets]) * weights[:, None]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
