@@ -47,7 +47,7 @@ def make_tokens(rows: int, length: int) -> Any:
     return np.random.default_rng(0).integers(0, MODEL["vocab_size"], (rows, length), dtype=np.int64)
 
 
-def tenfold_step(rows: int, length: int, remat: str) -> tuple[Callable[[], Any], Callable[[Any], float]]:
+def tenfold_step(rows: int, length: int, remat: str, *, fp8: bool) -> tuple[Callable[[], Any], Callable[[Any], float]]:
     """A function that starts a step, and one that waits for its loss."""
     import jax
     import jax.numpy as jnp
@@ -68,7 +68,7 @@ def tenfold_step(rows: int, length: int, remat: str) -> tuple[Callable[[], Any],
         OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", weight_decay=WEIGHT_DECAY), 10**6, declared
     )
     state = init_state(optimizer, param.initialize(declared, jax.random.key(0), jnp.float32))
-    loss = full_training(model, Placement(remat=remat, unroll=True))  # pyright: ignore[reportArgumentType] -- one of its names
+    loss = full_training(model, Placement(remat=remat, unroll=True, fp8=fp8))  # pyright: ignore[reportArgumentType] -- one of its names
     step = jax.jit(make_step(accumulate(loss), optimizer, clip_norm=CLIP, compute_dtype=jnp.bfloat16), donate_argnums=0)
     tokens = make_tokens(rows, length).astype(np.int32)
     at = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
@@ -114,8 +114,8 @@ def torch_step(rows: int, length: int, *, compiled: bool) -> tuple[Callable[[], 
 
 def work(side: str, rows: int, length: int, steps: int, remat: str) -> None:
     """Prints the seconds of a step and the first loss."""
-    if side == "tenfold":
-        start, wait = tenfold_step(rows, length, remat)
+    if side.startswith("tenfold"):
+        start, wait = tenfold_step(rows, length, remat, fp8=side == "tenfold fp8")
     else:
         start, wait = torch_step(rows, length, compiled=side == "torch compiled")
     first = wait(start())
@@ -154,13 +154,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--remat", default="none")
+    parser.add_argument("--fp8", action="store_true", help="also with the products of linear layers in 8-bit floats")
     parser.add_argument("--peer-python", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args.worker, args.rows, args.length, args.steps, args.remat)
         return
-    pythons = {"tenfold": Path(sys.executable)}
+    pythons = {side: Path(sys.executable) for side in ("tenfold", *(["tenfold fp8"] if args.fp8 else []))}
     if args.peer_python:
         pythons |= {"torch": args.peer_python, "torch compiled": args.peer_python}
     times: dict[str, list[float]] = {side: [] for side in pythons}
