@@ -26,6 +26,7 @@ constexpr int kTileRows = 4, kTileVectors = 3, kBlockInputs = 256;
 constexpr int kTileRows = 6, kTileVectors = 4, kBlockInputs = 256;
 #endif
 constexpr int kTileColumns = kTileVectors * kNative;
+constexpr int64_t kLine = 64 / sizeof(float), kStep = 16;
 typedef Register<float, kNative>::Type V;
 
 // --- packing ---------------------------------------------------------------------------------------------------------
@@ -102,22 +103,45 @@ constexpr bool kReadsInFma = false;
 inline V fma_read(const float* a, V b, V c) { return fma(splat<V>(*a), b, c); }
 #endif
 
-// out[kTileRows][NV vectors] = a panel of rows · the first columns of one of columns, or that added to it.
+// Lines that are read after a tile: it fetches some of them, `at_once` for every kStep inputs.
+struct Ahead {
+  const float* at;
+  const float* end;
+  int64_t at_once;
+
+  void fetch() {
+    for (const float* last = at + at_once * kLine; at < last && at < end; at += kLine) __builtin_prefetch(at, 0, 2);
+  }
+};
+
+// out[kTileRows][NV vectors] = a panel of rows · the first columns of one of columns, or that added to it. A function of
+// its own, as compilers run out of registers where it is part of another.
 template <int NV>
-inline void tile(const float* rows, const float* columns, int64_t K, bool add, float* out, int64_t ldo) {
+__attribute__((noinline)) void tile(const float* rows, const float* columns, int64_t K, bool add, float* out,
+                                    int64_t ldo, Ahead ahead) {
   V sums[kTileRows][NV] = {};
+  // Sums come from far away, once for many operations: a row of them is fetched with every step.
+  float* later = out;
+  for (int64_t begin = 0; begin < K; begin += kStep, later += ldo) {
+    if (begin < kTileRows * kStep) {
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < K; ++k) {
-    V b[NV];
+      for (int v = 0; v < NV; ++v) __builtin_prefetch(later + v * kNative, 1);
+    }
+    ahead.fetch();
+    const int64_t end = begin + kStep < K ? begin + kStep : K;
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) b[v] = load<V>(columns + k * kTileColumns + v * kNative);
+    for (int64_t k = begin; k < end; ++k) {
+      V b[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) b[v] = load<V>(columns + k * kTileColumns + v * kNative);
 #pragma GCC unroll 16
-    for (int m = 0; m < kTileRows; ++m) {
-      const float* at = rows + k * kTileRows + m;
-      const V a = splat<V>(*at);
+      for (int m = 0; m < kTileRows; ++m) {
+        const float* at = rows + k * kTileRows + m;
+        const V a = splat<V>(*at);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v)
-        sums[m][v] = kReadsInFma && m % 2 ? fma_read(at, b[v], sums[m][v]) : fma(a, b[v], sums[m][v]);
+        for (int v = 0; v < NV; ++v)
+          sums[m][v] = kReadsInFma && m % 2 ? fma_read(at, b[v], sums[m][v]) : fma(a, b[v], sums[m][v]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -132,26 +156,31 @@ inline void tile(const float* rows, const float* columns, int64_t K, bool add, f
 // The tile of as few vectors as hold `width` columns.
 template <int NV = kTileVectors>
 inline void tile_of(int64_t width, const float* rows, const float* columns, int64_t K, bool add, float* out,
-                    int64_t ldo) {
+                    int64_t ldo, Ahead ahead) {
   if constexpr (NV > 1) {
-    if (width <= (NV - 1) * kNative) return tile_of<NV - 1>(width, rows, columns, K, add, out, ldo);
+    if (width <= (NV - 1) * kNative) return tile_of<NV - 1>(width, rows, columns, K, add, out, ldo, ahead);
   }
-  tile<NV>(rows, columns, K, add, out, ldo);
+  tile<NV>(rows, columns, K, add, out, ldo, ahead);
 }
 
 void multiply(const float* rows, const float* columns, int64_t M, int64_t N, int64_t K, bool add, float* out,
               int64_t ldo) {
+  // The tiles of a panel of columns share fetching the next panel.
+  const int64_t steps = (K + kStep - 1) / kStep * ((M + kTileRows - 1) / kTileRows);
+  const int64_t at_once = (kTileColumns * K / kLine + steps - 1) / steps;
   for (int64_t n = 0; n < N; n += kTileColumns) {
     const int64_t width = N - n < kTileColumns ? N - n : kTileColumns;
-    for (int64_t m = 0; m < M; m += kTileRows) {
+    const float* next = columns + (n + kTileColumns) * K;
+    Ahead ahead{next, n + kTileColumns < N ? next + kTileColumns * K : next, at_once};
+    for (int64_t m = 0; m < M; m += kTileRows, ahead.at += at_once * kLine * ((K + kStep - 1) / kStep)) {
       const int64_t height = M - m < kTileRows ? M - m : kTileRows;
       float* to = out + m * ldo + n;
       if (width % kNative == 0 && height == kTileRows) {
-        tile_of(width, rows + m * K, columns + n * K, K, add, to, ldo);
+        tile_of(width, rows + m * K, columns + n * K, K, add, to, ldo, ahead);
         continue;
       }
       float whole[kTileRows * kTileColumns];
-      tile_of(width, rows + m * K, columns + n * K, K, false, whole, kTileColumns);
+      tile_of(width, rows + m * K, columns + n * K, K, false, whole, kTileColumns, ahead);
       for (int64_t i = 0; i < height; ++i)
         for (int64_t j = 0; j < width; ++j) to[i * ldo + j] = (add ? to[i * ldo + j] : 0.0f) + whole[i * kTileColumns + j];
     }
