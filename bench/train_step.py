@@ -66,6 +66,7 @@ def tenfold_step(config: dict[str, Any], rows: int, weights: Path) -> Callable[[
     from tenfold.data.packing import Rows
     from tenfold.models.family import resolve
     from tenfold.nn import checkpoint
+    from tenfold.nn.stack import Placement
     from tenfold.train.loss import full_training
     from tenfold.train.optimizers import OptimizerConfig, make_optimizer
     from tenfold.train.state import init_state
@@ -78,7 +79,8 @@ def tenfold_step(config: dict[str, Any], rows: int, weights: Path) -> Callable[[
         OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", weight_decay=WEIGHT_DECAY), 10**6, declared
     )
     state = init_state(optimizer, checkpoint.load(weights, declared, jnp.float32))
-    step = jax.jit(make_step(accumulate(full_training(model)), optimizer, clip_norm=CLIP), donate_argnums=0)
+    loss = full_training(model, Placement(unroll=True))  # as by --unroll-layers; torch's layers are, too
+    step = jax.jit(make_step(accumulate(loss), optimizer, clip_norm=CLIP), donate_argnums=0)
     tokens = make_tokens(rows, config["vocab_size"]).astype(np.int32)
     at = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
     batch = Rows(tokens, np.ones_like(tokens), at, np.ones(tokens.shape, np.float32))
