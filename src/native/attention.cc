@@ -462,8 +462,8 @@ class Pass {
 
 // --- the table -------------------------------------------------------------------------------------------------------
 
-int64_t scratch_bytes(const Attention& a, int64_t rows) {
-  return Scratch().lay_out(a, rows, 0);
+int64_t scratch_floats(const Attention& a, int64_t rows) {
+  return Scratch().lay_out(a, rows, 0) / static_cast<int64_t>(sizeof(float));
 }
 
 template <class A>
@@ -499,7 +499,7 @@ void attend(const Attention& a, const QueryBlock& block, int64_t split, void* sc
 #define TENFOLD_JOIN(a, b) TENFOLD_JOIN_(a, b)
 
 const AttentionKernels TENFOLD_JOIN(TENFOLD_INSTRUCTION_SET, _attention) = {
-    scratch_bytes, attend, clear, merge, finish, write,
+    scratch_floats, attend, clear, merge, finish, write,
 };
 
 }  // namespace tenfold

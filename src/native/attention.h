@@ -86,8 +86,8 @@ struct NewTokens {
 };
 
 struct AttentionKernels {
-  // Bytes of scratch that `attend` wants, 64-byte aligned, for blocks of up to `rows` rows.
-  int64_t (*scratch_bytes)(const Attention&, int64_t rows);
+  // Floats of scratch that `attend` wants, 64-byte aligned, for blocks of up to `rows` rows.
+  int64_t (*scratch_floats)(const Attention&, int64_t rows);
   // partial[M]: the block's attention to the keys of one split.
   void (*attend)(const Attention&, const QueryBlock&, int64_t split, void* scratch, float* partial);
   // state[M]: empty; and one more split added, the next one in order.

@@ -12,6 +12,7 @@
 #include "float_mode.h"
 #include "instruction_set.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -29,23 +30,6 @@ constexpr const char* kPages =
 const AttentionKernels& kernels() { return TENFOLD_CHOOSE(attention); }
 
 ffi::Error invalid(const char* what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, what); }
-
-struct alignas(64) Line {
-  float floats[16];
-};
-
-// Memory of one thread that calls keep between them, one per Tag; XLA's threads live as long as the process.
-template <typename Tag>
-float* scratch(int64_t bytes) {
-  thread_local std::unique_ptr<Line[]> memory;
-  thread_local int64_t lines = 0;
-  if (lines * 64 < bytes) {
-    memory.reset();
-    lines = bytes / 64 + 1;
-    memory.reset(new Line[static_cast<size_t>(lines)]);
-  }
-  return memory[0].floats;
-}
 
 // --- arguments -------------------------------------------------------------------------------------------------------
 
@@ -243,14 +227,10 @@ void make_plan(const Attention& a, const Rows& rows, int64_t threads, Plan& plan
   plan.cost *= a.K;
 }
 
-struct States;
-struct Partials;
-struct Work;
-
 // All splits of a block in one go.
 void run_block(const AttentionKernels& k, const Attention& a, const QueryBlock& block, float* work) {
   const int64_t rows = block.rows(a), floats = rows * a.state_floats();
-  float* state = scratch<States>(2 * floats * 4);
+  float* state = scratch<kState>(2 * floats);
   k.clear(a, rows, state);
   const auto [first, end] = Splits(a, block);
   for (int64_t split = first; split < end; ++split) {
@@ -263,7 +243,7 @@ void run_block(const AttentionKernels& k, const Attention& a, const QueryBlock& 
 void merge_splits(const AttentionKernels& k, const Attention& a, const QueryBlock& block, int64_t splits,
                   const float* partials) {
   const int64_t rows = block.rows(a), floats = rows * a.state_floats();
-  float* state = scratch<States>(floats * 4);
+  float* state = scratch<kState>(floats);
   k.clear(a, rows, state);
   for (int64_t split = 0; split < splits; ++split) k.merge(a, rows, partials + split * floats, state);
   k.finish(a, block, state);
@@ -278,14 +258,14 @@ void run_attention(ffi::ThreadPool& pool, const Attention& a, const Rows& rows) 
   static thread_local Plan plan;
   Plan& mine = plan;  // other threads have one of their own
   make_plan(a, rows, pool.num_threads(), mine);
-  float* const partials = scratch<Partials>(mine.floats * 4);
+  float* const partials = scratch<kCall>(mine.floats);
   const auto left = std::make_unique<std::atomic<int64_t>[]>(mine.shared.size());
   for (size_t i = 0; i < mine.shared.size(); ++i) left[i] = mine.shared[i].count;
-  const int64_t work_bytes = k.scratch_bytes(a, std::max<int64_t>(1, kBlockRows / a.group()) * a.group());
+  const int64_t work_floats = k.scratch_floats(a, std::max<int64_t>(1, kBlockRows / a.group()) * a.group());
   const auto run = [&](int64_t i) {
     const FlushSubnormals mode;
     const Task& task = mine.tasks[static_cast<size_t>(i)];
-    float* work = scratch<Work>(work_bytes);
+    float* work = scratch<kTask>(work_floats);
     if (task.split < 0) return run_block(k, a, task.block, work);
     const size_t shared = static_cast<size_t>(task.shared);
     const Shared& of = mine.shared[shared];

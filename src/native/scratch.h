@@ -6,7 +6,8 @@
 
 namespace tenfold {
 
-enum Purpose { kCall, kTask };  // what a call and each of its tasks need lie apart: a caller takes part in its tasks
+// What a call, each of its tasks, and the sums of a task need lie apart: a caller takes part in its tasks.
+enum Purpose { kCall, kTask, kState };
 
 // At least so many floats, with what they were left with; valid until the thread asks for the same purpose again.
 template <Purpose>
