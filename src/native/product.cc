@@ -47,17 +47,22 @@ inline void transpose(const float* from, int64_t line, float* to, int64_t ld) {
 #endif
 }
 
-// A panel [K][W] of `width` lines, each of K inputs: `line` apart, and their inputs `input` apart.
+// A panel [K][W] of `width` lines, each of K inputs: `line` apart, and their inputs `input` apart. What lies `ahead` is
+// packed later, and is fetched, unless that is 0.
 template <int W>
-void pack_panel(const float* from, int64_t line, int64_t input, int64_t width, int64_t K, float* panel) {
+void pack_panel(const float* from, int64_t line, int64_t input, int64_t width, int64_t K, int64_t ahead, float* panel) {
   if (width < W) {
     for (int64_t k = 0; k < K; ++k)
       for (int64_t i = 0; i < W; ++i) panel[k * W + i] = i < width ? from[i * line + k * input] : 0.0f;
   } else if (line == 1) {
-    for (int64_t k = 0; k < K; ++k) std::memcpy(panel + k * W, from + k * input, W * sizeof(float));
+    for (int64_t k = 0; k < K; ++k) {
+      if (ahead) __builtin_prefetch(from + k * input + ahead);
+      std::memcpy(panel + k * W, from + k * input, W * sizeof(float));
+    }
   } else {
     int64_t k = 0;
     for (; k + 4 <= K; k += 4) {
+      for (int i = 0; i < W && ahead && k % kLine == 0; ++i) __builtin_prefetch(from + i * line + k + ahead);
       for (int i = 0; i + 4 <= W; i += 4) transpose(from + i * line + k, line, panel + k * W + i, W);
       for (int i = W / 4 * 4; i < W; ++i)
         for (int j = 0; j < 4; ++j) panel[(k + j) * W + i] = from[i * line + k + j];
@@ -71,10 +76,12 @@ template <int W>
 void pack(const float* from, int64_t line, int64_t input, int64_t lines, int64_t K, float* panels) {
   // Where lines are neighbours, a few inputs of all of them before the next ones: each is read in one go.
   const int64_t step = line == 1 ? 16 : K;
+  // What comes next is seldom where the processor guesses it, but for the many columns of a panel.
+  const int64_t ahead = W > kLine ? 0 : line == 1 ? step * input : W * line;
   for (int64_t k = 0; k < K; k += step) {
     for (int64_t first = 0; first < lines; first += W) {
       const int64_t width = lines - first < W ? lines - first : W, inputs = K - k < step ? K - k : step;
-      pack_panel<W>(from + first * line + k * input, line, input, width, inputs, panels + first * K + k * W);
+      pack_panel<W>(from + first * line + k * input, line, input, width, inputs, ahead, panels + first * K + k * W);
     }
   }
 }
