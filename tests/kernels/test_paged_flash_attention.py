@@ -56,7 +56,10 @@ def test_any_ragged_batch_equals_dense_attention(
     check(Case(seed, sizes, packed(lengths, sizes)), spec)
 
 
-@pytest.mark.parametrize(("sizes", "spec"), [(Sizes(6, 6, 16, 2, 2), AttentionSpec(0.3, window=200))])
+@pytest.mark.parametrize(
+    ("sizes", "spec"),
+    [(Sizes(6, 6, 16, 2, 2), AttentionSpec(0.3, window=200)), (Sizes(6, 6, 16, 1, 3), AttentionSpec(0.3))],
+)
 @settings(max_examples=6)
 @given(seed=st.integers(0, 2**16), totals=st.lists(st.integers(1, 390), min_size=1, max_size=6))
 def test_any_decoding_batch_equals_dense_attention(

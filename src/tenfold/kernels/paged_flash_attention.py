@@ -87,8 +87,13 @@ def attend_pages(
         interpret=interpret,
         name="attend_pages",
     )(bounds, tables, of_rows, tiles, k, v, *(x for x in scales if x is not None))
-    joined = _join(o[:, :, :, : Q * G], lse[:, :, :, : Q * G].reshape(X, R, J, Q, G), sinks)
-    return joined.reshape(R, J, Q, G, K).swapaxes(1, 2).reshape(R, Q, H, K).astype(q.dtype)
+    M = pl.next_power_of_2(Q * G)
+    at_sinks = None if sinks is None else _sinks_of_rows(sinks, J, Q, M)
+    if X == 1:
+        joined = _weigh(o[0, :, :, :M], lse[0, :, :, :M], at_sinks).astype(q.dtype)
+    else:
+        joined = _join_spans(o, lse, at_sinks, M, q.dtype, interpret=interpret)
+    return joined[:, :, : Q * G].reshape(R, J, Q, G, K).swapaxes(1, 2).reshape(R, Q, H, K)
 
 
 def _first_key(positions: Int[Array, "R Q"], spec: AttentionSpec) -> Int[Array, " R"]:
@@ -102,21 +107,66 @@ def _first_key(positions: Int[Array, "R Q"], spec: AttentionSpec) -> Int[Array, 
     return first
 
 
-def _join(
-    o: Float32[Array, "X R J M K"], lse: Float32[Array, "X R J Q G"], sinks: Float[Array, " H"] | None
+def _sinks_of_rows(sinks: Float[Array, " H"], J: int, Q: int, M: int) -> Float32[Array, "J M"]:
+    """The sink of every row of a tile, in units of log 2."""
+    rows = jnp.tile(sinks.astype(jnp.float32).reshape(J, -1) * LOG2_E, (1, Q))
+    return jnp.pad(rows, ((0, 0), (0, M - rows.shape[1])))
+
+
+def _weigh(
+    o: Float32[Array, "R J M K"], lse: Float32[Array, "R J M"], at_sinks: Float32[Array, "J M"] | None
 ) -> Float32[Array, "R J M K"]:
+    """What the only span read, by its weight beside the sinks."""
+    weight = 1.0 if at_sinks is None else (1 / (1 + jnp.exp2(at_sinks - lse)))[..., None]
+    return jnp.where(lse[..., None] > NEG_INF, o * weight, 0)  # a span that nothing is read of holds anything
+
+
+def _join_spans(
+    o: Float32[Array, "X R J rows K"],
+    lse: Float32[Array, "X R J rows"],
+    at_sinks: Float32[Array, "J M"] | None,
+    M: int,
+    dtype: Any,
+    *,
+    interpret: bool,
+) -> Float[Array, "R J M K"]:
+    """What the spans read for the first M rows; one kernel instead of the three that XLA makes of it."""
+    X, R, J, _, K = o.shape
+    sinks = [] if at_sinks is None else [at_sinks]
+    return pl.pallas_call(
+        _join,
+        jax.ShapeDtypeStruct((R, J, M, K), dtype),
+        grid=(J, R),
+        in_specs=[
+            pl.BlockSpec((X, None, None, M, K), lambda j, r: (0, r, j, 0, 0)),
+            pl.BlockSpec((X, None, None, M), lambda j, r: (0, r, j, 0)),
+            *(pl.BlockSpec((None, M), lambda j, r: (j, 0)) for _ in sinks),
+        ],
+        out_specs=pl.BlockSpec((None, None, M, K), lambda j, r: (r, j, 0, 0)),
+        compiler_params=plt.CompilerParams(num_warps=4),
+        interpret=interpret,
+        name="join_spans",
+    )(o, lse, *sinks)
+
+
+def _join(o_ref: Any, lse_ref: Any, *refs: Any) -> None:
     """What the spans read, by the sum of their weights, and of the sinks'."""
-    X, R, J, Q, G = lse.shape
-    if sinks is None:
-        peak, total = lse.max(0, keepdims=True), jnp.zeros((1, R, J, Q, G), jnp.float32)
-    else:
-        at_sinks = sinks.astype(jnp.float32).reshape(1, 1, J, 1, G) * LOG2_E
-        peak = jnp.maximum(lse.max(0, keepdims=True), at_sinks)
-        total = jnp.exp2(at_sinks - peak)
-    weights = jnp.where(lse > NEG_INF, jnp.exp2(lse - peak), 0)
-    weights = weights / jnp.maximum(total + weights.sum(0, keepdims=True), 1e-30)
-    weights = weights.reshape(X, R, J, Q * G, 1)
-    return jnp.where(weights > 0, o * weights, 0).sum(0)  # a span that nothing is read of holds anything
+    *sinks, out_ref = refs
+    X, M = lse_ref.shape
+    least = jnp.full(M, NEG_INF, jnp.float32) if not sinks else sinks[0][...]
+    peak = jax.lax.fori_loop(0, X, lambda x, peak: jnp.maximum(peak, lse_ref[x]), least)
+
+    def add(x: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total, values = carry
+        lse = lse_ref[x]
+        weight = jnp.where(lse > NEG_INF, jnp.exp2(lse - peak), 0)
+        held = jnp.broadcast_to(weight[:, None] > 0, values.shape)
+        # A span that nothing is read of holds anything.
+        return total + weight, values + plt.load(o_ref.at[x], mask=held, other=0.0) * weight[:, None]
+
+    total = jnp.zeros(M, jnp.float32) if not sinks else jnp.exp2(least - peak)
+    total, values = jax.lax.fori_loop(0, X, add, (total, jnp.zeros(out_ref.shape, jnp.float32)))
+    out_ref[...] = (values / jnp.maximum(total, 1e-30)[:, None]).astype(out_ref.dtype)
 
 
 def _kernel(*refs: Any, spec: AttentionSpec, span: int, scaled: bool) -> None:
