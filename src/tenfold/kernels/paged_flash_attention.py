@@ -117,7 +117,7 @@ def _weigh(
     o: Float32[Array, "R J M K"], lse: Float32[Array, "R J M"], at_sinks: Float32[Array, "J M"] | None
 ) -> Float32[Array, "R J M K"]:
     """What the only span read, by its weight beside the sinks."""
-    weight = 1.0 if at_sinks is None else (1 / (1 + jnp.exp2(at_sinks - lse)))[..., None]
+    weight = 1.0 if at_sinks is None else (1 / (1 + jnp.exp2(at_sinks[None] - lse)))[..., None]
     return jnp.where(lse[..., None] > NEG_INF, o * weight, 0)  # a span that nothing is read of holds anything
 
 
