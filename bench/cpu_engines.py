@@ -70,6 +70,17 @@ def measure(repeats: int, measures: list[str], left_out: list[str]) -> tuple[Rat
     return rates, statistics.median(bandwidths)
 
 
+def print_single_streams(rates: Rates, mid: dict[tuple[str, str], float], bandwidth: float) -> None:
+    """Shares of the bandwidth, and ratios to the peer of the same bits."""
+    for fmt, share in (("bf16", 0.9), ("8 bits", 0.9), ("4 bits", 0.8)):
+        reached = mid["decode 1", f"tenfold {fmt}"] * weight_bytes(*BITS[fmt]) / bandwidth
+        print(f"decode 1, {fmt}: {reached:.0%} of the bandwidth (asked: {share:.0%})")
+    for fmt, ratio in (("bf16", 1.0), ("8 bits", 1.2), ("4 bits", 1.1)):
+        ours, theirs = rates["decode 1", f"tenfold {fmt}"], rates["decode 1", f"llama.cpp {fmt}"]
+        paired = statistics.median(np.divide(ours, theirs))
+        print(f"ratio, decode 1, {fmt}: {paired:.2f}x llama.cpp (asked: {ratio}x)")
+
+
 def print_ratios(rates: Rates, bandwidth: float) -> None:
     """The claims: shares of the bandwidth, then ratios to the peers."""
     mid = {key: statistics.median(values) for key, values in rates.items()}
@@ -79,13 +90,8 @@ def print_ratios(rates: Rates, bandwidth: float) -> None:
     for name in names:
         print(f"{name:20s}" + "".join(f"{mid[asked, name]:14.1f}" for asked in measures))
     print(f"memory bandwidth {bandwidth / 1e9:.1f} GB/s")
-    for fmt, share in (("bf16", 0.9), ("8 bits", 0.9), ("4 bits", 0.8)):
-        reached = mid["decode 1", f"tenfold {fmt}"] * weight_bytes(*BITS[fmt]) / bandwidth
-        print(f"decode 1, {fmt}: {reached:.0%} of the bandwidth (asked: {share:.0%})")
-    for fmt, ratio in (("bf16", 1.0), ("8 bits", 1.2), ("4 bits", 1.1)):
-        ours, theirs = rates["decode 1", f"tenfold {fmt}"], rates["decode 1", f"llama.cpp {fmt}"]
-        paired = statistics.median(np.divide(ours, theirs))
-        print(f"ratio, decode 1, {fmt}: {paired:.2f}x llama.cpp (asked: {ratio}x)")
+    if "decode 1" in measures:
+        print_single_streams(rates, mid, bandwidth)
     for asked, ratio in (("decode 16", 1.5), ("prefill 512", 1.3), ("prefill 4096", 1.3)):
         if asked not in measures:
             continue
