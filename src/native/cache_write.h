@@ -1,6 +1,9 @@
 // Storing new keys and values in the pages of a cache.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "attention.h"
 #include "attention_tiles.h"
 #include "functions.h"
@@ -15,12 +18,15 @@ float finite(float x) {
   return x > largest ? largest : x < -largest ? -largest : x;
 }
 
-template <class C>
+// A number of type Q as one of the cache.
+template <class Q, class C>
 typename C::Type narrowed(float x) {
-  if constexpr (C::kTogether == 2)
-    return float_to_bf16(x);
-  else
+  if constexpr (C::kTogether == 1)
     return x;
+  else if constexpr (Q::kTogether == 2)
+    return static_cast<uint16_t>(bit_cast<uint32_t>(x) >> 16);  // it was one before
+  else
+    return float_to_bf16(x);
 }
 
 // `count` keys or values of one head, `ld_from` apart, to neighbouring slots; element d of slot i goes to place(d, i).
@@ -43,9 +49,12 @@ void put_slots(const typename Q::Type* from, int64_t ld_from, int64_t count, int
       for (int64_t d = 0; d < K; ++d) to[place(d, i)] = C::code(inverse > 0 ? read(i, d) * inverse : 0.0f);
       scales[i] = peak / C::kLargest + nan;
     }
+  } else if constexpr (!kValues && std::is_same_v<Q, C>) {
+    for (int64_t d = 0; d < K; d += C::kTogether)  // a word at a time
+      for (int64_t i = 0; i < count; ++i) std::memcpy(to + place(d, i), from + i * ld_from + d, 4);
   } else {
     for (int64_t d = 0; d < K; ++d)
-      for (int64_t i = 0; i < count; ++i) to[place(d, i)] = narrowed<C>(read(i, d));
+      for (int64_t i = 0; i < count; ++i) to[place(d, i)] = narrowed<Q, C>(read(i, d));
   }
 }
 
