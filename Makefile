@@ -67,7 +67,8 @@ asan: $(INSTALLED)
 	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(BIN)/python -m pytest -q --capture sys --timeout 1800 \
-	  $(addprefix tests/kernels/test_,matmul.py norm.py gate.py native_attention.py product.py row_attention.py) $(ARGS); status=$$?; rm -f $(INSTALLED); $(MAKE) $(INSTALLED); exit $$status
+	  $(addprefix tests/kernels/test_,matmul.py norm.py gate.py native_attention.py product.py row_attention.py) $(ARGS); \
+	  status=$$?; rm -f $(INSTALLED); $(MAKE) $(INSTALLED); exit $$status
 
 wheel: export UV_PYTHON_DOWNLOADS := never
 wheel: $(INSTALLED)

@@ -15,7 +15,7 @@ namespace {
 
 using Floats = ffi::Buffer<ffi::F32, 2>;
 
-constexpr int64_t kMostRows = 96;     // of one task: a block of them stays in the second-level cache
+constexpr int64_t kMostRows = 96;       // of one task: there are many, so that no thread is long alone at the end
 constexpr int64_t kMostColumns = 1024;  // and of inputs, that are packed at once: the last-level cache holds them
 constexpr int64_t kMostInputs = 2048;
 

@@ -37,7 +37,7 @@ KEPT_BYTES = 2**32  # in one directory, of the programs that were used last
 
 # On a GPU, XLA records launches as CUDA graphs, and changes a graph when an array lies elsewhere than a step before. In
 # an engine some always do, and changing hundreds of nodes takes longer than launching them.
-OPTIONS = {"gpu": {"xla_gpu_graph_min_graph_size": 2**31 - 1}}
+COMPILER_OPTIONS = {"gpu": {"xla_gpu_graph_min_graph_size": 2**31 - 1}}
 
 
 Job = tuple[str, int]
@@ -110,7 +110,7 @@ class ProgramCache:
             return program.fn.lower(*program.args)
 
     def _compile(self, file: Path | None, lowered: Any) -> Any:
-        program = lowered.compile(compiler_options=OPTIONS.get(self._device.platform))
+        program = lowered.compile(compiler_options=COMPILER_OPTIONS.get(self._device.platform))
         if file is not None:
             try:
                 kept = pickle.dumps(serialize(program))
